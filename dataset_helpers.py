@@ -1,0 +1,284 @@
+"""Image folders to tensors on the training device, splits, and the augmentations as batched tensor operations.
+
+A split is one uint8 tensor [N, 3, S, S] on the device; a batch is rows of it. What is random about a view of an image
+is a row of numbers, uniform in [0, 1): a function of (seed, epoch, image), whatever else is in the batch.
+"""
+
+import functools
+import math
+import os
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from run_helpers import SPLIT, UserError, generator
+
+STL10_SIDE = 96  # pixels
+MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
+STD = (0.2603, 0.2566, 0.2713)
+DECODED_AT_ONCE = 4096  # images; 113 MB at 96 pixels
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From files to a tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_files(folder):
+    """The <index>.png of a folder, in the order of their indices."""
+    try:
+        files = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".png")]
+    except FileNotFoundError:
+        raise UserError(f"{folder} does not exist: run stl10_data_load.py first, or name its folder by --data-dir")
+    for file in files:
+        if not file.stem.isdecimal():
+            raise UserError(f"{file} is not named <index>.png: move it out of the folder")
+    return sorted(files, key=lambda file: int(file.stem))
+
+
+def read_image(path, side):
+    """One PNG of 96 × 96 pixels, any mode, as uint8 [3, side, side] RGB; scaled if side is not 96."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an oversized image ends in the error below, undecoded
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.size != (STL10_SIDE, STL10_SIDE):
+                    raise UserError(
+                        f"{path} has {image.width} × {image.height} pixels instead of {STL10_SIDE} × {STL10_SIDE}: "
+                        "mend or remove it"
+                    )
+                if image.mode.startswith("I"):  # 16 bits; convert() would clip instead of scale
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = image.convert("RGB")
+                if side != STL10_SIDE:
+                    image = image.resize((side, side), Image.Resampling.BICUBIC)
+                return np.asarray(image).transpose(2, 0, 1)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for bytes that are no image
+        raise UserError(
+            f"{path} cannot be read as a PNG ({error}): remove it, or run stl10_data_load.py again"
+        ) from None
+
+
+def decode(files, side, device, what):
+    """(uint8 [N, 3, side, side] on `device`, CRC-32 of its bytes), decoded by a thread per core (Pillow frees the GIL)."""
+    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8, device=device)
+    checksum = 0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress_bar(len(files), what, " images") as bar:
+        for start in range(0, len(files), DECODED_AT_ONCE):
+            chunk = files[start : start + DECODED_AT_ONCE]
+            block = np.empty((len(chunk), 3, side, side), np.uint8)
+            for row, image in enumerate(pool.map(read_image, chunk, [side] * len(chunk))):
+                block[row] = image
+                bar.update()
+            checksum = zlib.crc32(block, checksum)
+            images[start : start + len(chunk)] = torch.from_numpy(block)
+    return images, checksum
+
+
+def progress_bar(total, what, unit):
+    """A tqdm bar, on a terminal only."""
+    return tqdm(total=total, desc=what, unit=unit, disable=None, dynamic_ncols=True, leave=False)
+
+
+def load_unlabelled(data_dir, side, device, seed, only_train, val_images):
+    """The unlabelled images that a run uses: those to train on, then at most `val_images` of the others.
+
+    Returns (images uint8 [N, 3, side, side] on `device`, the number of training images, checksum).
+    """
+    files = image_files(data_dir / "unlabelled")
+    if not files:
+        raise UserError(f"{data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
+    train, validation = unlabelled_split(len(files), seed, only_train)
+    chosen = [files[i] for i in torch.cat([train, validation[:val_images]]).tolist()]
+    images, checksum = decode(chosen, side, device, "reading unlabelled")
+    return images, len(train), checksum
+
+
+def load_labelled(folder, side, device):
+    """(images uint8 [N, 3, side, side], labels int64 [N] from 0, checksum) of <folder>/<label from 1>/<index>.png."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: run stl10_data_load.py first, or name its folder by --data-dir")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    for name in classes:
+        if not name.isdecimal() or not 1 <= int(name) <= 10:
+            raise UserError(f"{folder / name} is not named by a label from 1 to 10: move it out of the folder")
+    files = [(file, int(name) - 1) for name in classes for file in image_files(folder / name)]
+    if not files:
+        raise UserError(f"{folder} holds no images: run stl10_data_load.py")
+    files.sort(key=lambda pair: int(pair[0].stem))
+    images, checksum = decode([file for file, _ in files], side, device, f"reading {folder.name}")
+    labels = np.array([label for _, label in files])
+    return images, torch.from_numpy(labels).to(device), zlib.crc32(labels, checksum)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits and random numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unlabelled_split(count, seed, only_train):
+    """(train, validation) indices, int64: 70 % and 30 % at random, or all and none."""
+    order = torch.randperm(count, generator=generator("cpu", seed, SPLIT))
+    train_count = count if only_train else round(0.7 * count)
+    return order[:train_count], order[train_count:]
+
+
+def stratified_split(labels, seed):
+    """(train, validation) indices, int64, of labels [N] int64: 84 % and 16 % of every class, 4,200 and 800 of 5,000."""
+    order = torch.randperm(len(labels), generator=generator("cpu", seed, SPLIT))
+    train, validation = [], []
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        cut = len(members) - round(0.16 * len(members))
+        train.append(members[:cut])
+        validation.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(validation).sort().values
+
+
+def uniform_draws(count, columns, *key, device):
+    """A row of `columns` numbers, uniform in [0, 1), for each of `count` images: float32 [count, columns] from `key`."""
+    return torch.rand(count, columns, generator=generator(device, *key), device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation: images are float32 [B, 3, S, S] in 0 … 255 until they are coloured and normalised
+# ---------------------------------------------------------------------------------------------------------------------
+
+CROP_DRAWS, COLOUR_DRAWS = 4, 6
+IMAGE_VIEW_DRAWS = CROP_DRAWS + 1 + COLOUR_DRAWS
+LABELLED_VIEW_DRAWS = CROP_DRAWS + 3
+
+CROP_AREA = (0.2, 1.0)  # of the image's area
+CROP_ASPECT = (3 / 4, 4 / 3)  # width to height
+BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors from 1 − x to 1 + x
+HUE = 0.1  # of a full turn, either way
+JITTER_SHARE = 0.8  # of the images; the others keep their colours
+GRAY_SHARE = 0.2
+
+LUMA = (0.299, 0.587, 0.114)
+YIQ = ((*LUMA,), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # luma and two axes of colour
+
+
+def image_view(images, draws):
+    """The image view I: random resized crop, flip, colour jitter, grayscale (paper, appendix A).
+
+    images [B, 3, S, S] float32 in 0 … 255, draws [B, 11] -> [B, 3, S, S] float32, normalised, channels-last.
+    """
+    crop, flip, colour = draws.split([CROP_DRAWS, 1, COLOUR_DRAWS], 1)
+    side = images.shape[-1]
+    pixels = torch.arange(side, device=images.device)
+    columns = torch.where(flip < 0.5, pixels, pixels.flip(0))
+    y, x = crop_coordinates(crop_box(crop, side, CROP_AREA, CROP_ASPECT), pixels[None], columns, side)
+    return recolour(sample(images, y[:, None, :, None], x[:, None, None, :]), *jitter(colour))
+
+
+def labelled_view(images, draws):
+    """The view for fine-tuning: crop of at least 60 %, rotation by up to 15°, flip, brightness 0.6 … 1.4.
+
+    images [B, 3, S, S] float32 in 0 … 255, draws [B, 7] -> [B, 3, S, S] float32, normalised, channels-last.
+    """
+    crop, flip, angle, light = draws.split([CROP_DRAWS, 1, 1, 1], 1)
+    side = images.shape[-1]
+    pixels = torch.arange(side, device=images.device)
+    columns = torch.where(flip < 0.5, pixels, pixels.flip(0))
+    y, x = crop_coordinates(crop_box(crop, side, (0.6, 1.0), CROP_ASPECT), pixels[None], columns, side)
+    middle, angle = (side - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None]
+    y, x = y[:, :, None] - middle, x[:, None, :] - middle
+    y, x = y * angle.cos() + x * angle.sin(), x * angle.cos() - y * angle.sin()
+    one = torch.ones_like(light[:, 0])
+    return recolour(
+        sample(images, (y + middle)[:, None], (x + middle)[:, None]), 0.6 + 0.8 * light[:, 0], one, one, 0 * one
+    )
+
+
+def crop_box(draws, side, area, aspect):
+    """A box of random area (a share of side²), aspect ratio (log-uniform) and place that fits inside the image.
+
+    draws [B, 4] -> (top, left, height, width), each [B, 1] in pixels, real numbers.
+    """
+    u_area, u_aspect, u_top, u_left = draws.split(1, 1)
+    pixels = (area[0] + (area[1] - area[0]) * u_area) * side**2
+    ratio = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * u_aspect).exp()
+    width = (pixels * ratio).sqrt().clamp(max=side).maximum(pixels / side)  # else the height would not fit
+    height = pixels / width
+    return u_top * (side - height), u_left * (side - width), height, width
+
+
+def crop_coordinates(box, rows, columns, side):
+    """Where the pixels (rows, columns) of the crop, once resized to side × side, lie in the image it was cut from.
+
+    box: four [B, 1]; rows and columns broadcast against them; returns (y, x) in the image's pixels. What would lie
+    outside the crop by up to half a pixel takes the crop's edge, as when the crop is cut out first.
+    """
+    top, left, height, width = box
+    y = (rows + 0.5) * (height / side) - 0.5
+    x = (columns + 0.5) * (width / side) - 0.5
+    return top + y.minimum(height - 1).clamp(min=0), left + x.minimum(width - 1).clamp(min=0)
+
+
+def sample(images, y, x):
+    """Bilinear samples of images [B, 3, S, S] at (y, x), in pixels, broadcast to [B, R, H, W] -> [B·R, 3, H, W]."""
+    side = images.shape[-1]
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1) * (2 / side) + (1 / side - 1)  # to grid_sample's −1 … 1
+    regions = grid.shape[1]
+    sampled = F.grid_sample(images, grid.flatten(1, 2), padding_mode="border", align_corners=False)
+    if regions == 1:
+        return sampled
+    return sampled.unflatten(2, (regions, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def jitter(draws):
+    """draws [N, 6] -> brightness, contrast, saturation factors and hue angle in radians, each [N]; saturation 0 is gray."""
+    brightness, contrast, saturation, hue, kept, gray = draws.unbind(1)
+    strength = (kept < JITTER_SHARE).to(draws.dtype)
+    brightness = 1 + strength * BRIGHTNESS * (2 * brightness - 1)
+    contrast = 1 + strength * CONTRAST * (2 * contrast - 1)
+    saturation = 1 + strength * SATURATION * (2 * saturation - 1)
+    hue = strength * HUE * 2 * math.pi * (2 * hue - 1)
+    return brightness, contrast, saturation * (gray >= GRAY_SHARE), hue
+
+
+def recolour(images, brightness, contrast, saturation, hue):
+    """Colour jitter, grayscale and normalisation as one affine map of RGB per image.
+
+    Scaling by the brightness, blending with the mean gray (contrast) and with each pixel's gray (saturation), as in
+    torchvision, and turning the colour plane of YIQ by the hue angle are linear and commute, so their order is of no
+    account. Clipped once, at the end.
+
+    images [N, 3, H, W] in 0 … 255, parameters [N] -> [N, 3, H, W] normalised, channels-last.
+    """
+    luma, to_gray, colour, quarter_turn, mean, std = colour_constants(images.device)
+    turn = hue.cos()[:, None, None] * colour + hue.sin()[:, None, None] * quarter_turn
+    matrix = (brightness * contrast / 255)[:, None, None] * (to_gray + saturation[:, None, None] * turn)
+    mean_gray = images.mean((2, 3)) @ luma
+    offset = (brightness * (1 - contrast) / 255 * mean_gray)[:, None]
+    coloured = torch.baddbmm(((offset - mean) / std)[..., None], matrix / std[:, None], images.flatten(2)).view_as(
+        images
+    )
+    limits = [((bound - mean) / std)[:, None, None] for bound in (0, 1)]
+    return coloured.clamp_(*limits).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def colour_constants(device):
+    """(luma weights [3], RGB → gray, RGB → colour part, that part turned by 90° (each [3, 3]), mean [3], std [3])."""
+    yiq = torch.tensor(YIQ)
+    luma, to_gray = yiq[0], yiq[0].expand(3, 3)
+    quarter_turn = torch.linalg.inv(yiq) @ torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yiq
+    constants = (luma, to_gray, torch.eye(3) - to_gray, quarter_turn, torch.tensor(MEAN), torch.tensor(STD))
+    return tuple(constant.to(device) for constant in constants)
+
+
+def normalised(images):
+    """uint8 [B, 3, S, S] -> float32, normalised, channels-last: an image as evaluation sees it."""
+    *_, mean, std = colour_constants(images.device)
+    view = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    return view.contiguous(memory_format=torch.channels_last)

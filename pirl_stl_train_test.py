@@ -1,0 +1,485 @@
+"""Pretrain a ResNet without labels by PIRL (Misra & van der Maaten, arXiv:1912.01991) on the images of STL-10.
+
+python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 --experiment-name exp
+"""
+
+import csv
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from dataset_helpers import (
+    IMAGE_VIEW_DRAWS,
+    MEAN,
+    STD,
+    image_view,
+    load_unlabelled,
+    normalised,
+    uniform_draws,
+)
+from jigsaw import JIGSAW_DRAWS, jigsaw_view
+from memory_bank import MemoryBank
+from models import PIRL, VECTOR_SIZE, batch_statistics
+from run_helpers import (
+    BANK,
+    INITIAL_WEIGHTS,
+    NEGATIVES,
+    ORDER,
+    VIEWS,
+    Experiment,
+    Parser,
+    StopSignal,
+    Ticker,
+    UserError,
+    add_run_arguments,
+    autocast,
+    choose_device,
+    choose_precision,
+    derived_seed,
+    find_weights,
+    generator,
+    load_weights,
+    number,
+    read_torch_file,
+    run_script,
+    settings_of,
+    whole_file,
+)
+
+DEFAULT_NEGATIVES = 6400
+GRADIENT_NORM = 2.0
+# Settings that leave the result alone, so that a resumed run may change them.
+MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__.split("\n")[0])
+    add_run_arguments(parser, experiment="e1_resnet18_")
+    add = parser.add_argument
+    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
+    add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of SGD (momentum 0.9) after the warm-up")
+    add("--warmup-epochs", type=number(float, 0, 1000), default=1.0, help="the learning rate rises over them from 0")
+    add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the cosine reaches 0 (default: --epochs)")
+    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of all weights")
+    add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce: the paper's equation 5")
+    add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
+    add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the share of the jigsaw term")
+    add("--temp-parameter", type=number(float, 0.01, 100), default=0.07, help="temperature τ")
+    add(
+        "--count-negatives",
+        type=number(int, 1),
+        help=f"K, from the memory bank (default: {DEFAULT_NEGATIVES}, or all other training images if fewer)",
+    )
+    add("--beta", type=number(float, 0, below=1), default=0.5, help="β: the weight of the past in the memory bank")
+    add("--bank-start", choices=["features", "random"], default="features", help="a forward pass, or random vectors")
+    parser.add_switch("--non-linear-head", False, "a ReLU and a further linear layer behind each head")
+    parser.add_switch("--only-train", False, "train on all unlabelled images instead of 70 %%")
+    add("--val-images", type=number(int, 1), default=4096, help="validate on at most so many of the other 30 %%")
+    parser.add_switch("--warm-start", False, "start from the weights of this experiment, or of --pirl-model-name")
+    add("--pirl-model-name", help="with --warm-start: a path, or a name under the weights folder")
+    add("--cont-epoch", type=number(int, 1), default=1, help="with --warm-start: the epoch to go on with")
+    parser.add_switch("--compile", False, "torch.compile the trunk")
+    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="within an epoch; one is always at its end")
+    args = parser.parse_args(argv)
+    args.tmax_for_cos_decay = args.tmax_for_cos_decay or args.epochs
+    if not args.warm_start and (args.pirl_model_name or args.cont_epoch != 1):
+        parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
+    if args.cont_epoch > args.epochs:
+        parser.error(f"--cont-epoch {args.cont_epoch} lies behind the last of --epochs {args.epochs}")
+    return args
+
+
+def main():
+    args = parse_args()
+    device = choose_device(args)
+    experiment = Experiment(args, "PIRL checkpoint")
+    checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
+    if not args.resume and not (args.warm_start and not args.pirl_model_name):
+        experiment.refuse_taken_name()
+    run = start_run(args, device)
+    if checkpoint is not None:
+        resume(run, checkpoint, experiment)
+    elif args.warm_start:
+        warm_start(run, experiment)
+    announce(run)
+    if checkpoint is None:
+        start_bank(run)
+    stop = StopSignal()
+    while run.epoch <= args.epochs:
+        train = train_epoch(run, experiment, stop)
+        validation = validate(run)
+        finish_epoch(run, experiment, train, validation)
+    export(run, experiment)
+
+
+@dataclass
+class Run:
+    """All that a training step reads and changes."""
+
+    args: object
+    device: torch.device
+    precision: str
+    images: torch.Tensor  # uint8 [N, 3, S, S]: the training images, then those of validation
+    train_count: int
+    checksum: int  # of the images
+    negatives: int  # K
+    model: PIRL
+    optimizer: torch.optim.Optimizer
+    bank: MemoryBank
+    epoch: int = 1
+    step: int = 0  # the next one of this epoch
+    statistics: torch.Tensor = None  # [steps, 2] on the device: sum of losses and count of hits of each step so far
+    seconds: float = 0.0  # spent on this epoch's steps
+    rows: list = field(default_factory=list)  # of the CSV
+
+    @property
+    def steps(self):
+        return math.ceil(self.train_count / self.args.batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def candidate_logits(u, w, negatives, hidden, temperature):
+    """[s(u, w), s(w, m_1), …, s(w, m_K)] / τ: the positive and the negatives among which it is to be found.
+
+    u, w [B, 128] and negatives [K, 128] are unit vectors, hidden [B, K] is True where m_k is no negative of that
+    image: its logit is −∞. Returns [B, 1 + K].
+    """
+    positive = (u * w).sum(1, keepdim=True)
+    against_bank = (w @ negatives.T).masked_fill(hidden, -math.inf)
+    return torch.cat([positive, against_bank], 1) / temperature
+
+
+def modified_nce(logits):
+    """−log h(u, w): the negative log probability of the positive, column 0 (equation 4). [B, 1 + K] -> [B]."""
+    return -F.log_softmax(logits, 1)[:, 0]
+
+
+def nce(logits):
+    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + K] -> [B].
+
+    h(w, m_k) is the probability of column k. Where that is near 1, 1 − h is lost to rounding; only the largest can be,
+    and for it log(1 − h) is the log-sum-exp of the other columns less that of all.
+    """
+    log_h = F.log_softmax(logits, 1)
+    top = log_h.argmax(1, keepdim=True)
+    log_not_top = logits.scatter(1, top, -math.inf).logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
+    log_not = torch.log1p(-log_h.scatter(1, top, -math.inf).exp()).scatter(1, top, log_not_top)
+    return -log_h[:, 0] - log_not[:, 1:].sum(1)
+
+
+def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args):
+    """L = λ · loss(partner, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6), and the pretext hits.
+
+    The partner of g(φ(I_t)) is m_I, or f(φ(I)) for --positive pair. image_vectors, patch_vectors [B, 128] of the
+    network, memory [B, 128] the images' own rows of the bank, negatives [K, 128], hidden [B, K]. Returns the loss [B]
+    and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative is. All in float32.
+    """
+    f, g = F.normalize(image_vectors.float(), dim=1), F.normalize(patch_vectors.float(), dim=1)
+    loss = {"modified-nce": modified_nce, "nce": nce}[args.loss]
+    partner = memory if args.positive == "bank" else f
+    logits_g = candidate_logits(partner, g, negatives, hidden, args.temp_parameter)
+    logits_f = candidate_logits(memory, f, negatives, hidden, args.temp_parameter)
+    hits = (memory * g).sum(1) / args.temp_parameter > logits_g[:, 1:].amax(1)
+    return args.loss_weight * loss(logits_g) + (1 - args.loss_weight) * loss(logits_f), hits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def forward(run, index, draws, step_key):
+    """Both views of the images `index` [B] through the network to the loss: (f(φ(I)) [B, 128], losses [B], hits [B])."""
+    images = run.images.index_select(0, index).float()
+    image_draws, jigsaw_draws = draws.index_select(0, index).split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
+    view, patches = image_view(images, image_draws), jigsaw_view(images, jigsaw_draws)
+    with autocast(run.device, run.precision):
+        image_vectors, patch_vectors = run.model(view, patches)
+    draw = generator(run.device, run.args.seed, NEGATIVES, *step_key)
+    negatives, hidden = run.bank.draw_negatives(index, run.negatives, draw)
+    memory = run.bank.vectors[index]
+    losses, hits = pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, run.args)
+    return image_vectors.detach(), losses, hits
+
+
+def training_step(run, index, draws):
+    """One step of SGD on the images `index`, then the bank's update. Returns [sum of losses, hits] on the device."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.args, run.epoch, run.step, run.steps)
+    image_vectors, losses, hits = forward(run, index, draws, (run.epoch, run.step))
+    run.optimizer.zero_grad()
+    losses.mean().backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), GRADIENT_NORM)
+    run.optimizer.step()
+    run.bank.update(index, image_vectors)
+    return torch.stack([losses.detach().sum(), hits.sum()])
+
+
+def learning_rate(args, epoch, step, steps):
+    """Linear warm-up, and half a cosine from --lr to 0 over --tmax-for-cos-decay epochs (as CosineAnnealingLR: past
+    that it rises again)."""
+    passed = epoch - 1 + step / steps
+    warm_up = min(1.0, (passed * steps + 1) / max(1.0, args.warmup_epochs * steps))
+    return args.lr * warm_up * (1 + math.cos(math.pi * passed / args.tmax_for_cos_decay)) / 2
+
+
+def train_epoch(run, experiment, stop):
+    """The rest of the epoch, from run.step on: (mean loss, share of hits). On a signal writes a checkpoint and ends."""
+    args = run.args
+    order = torch.randperm(run.train_count, generator=generator("cpu", args.seed, ORDER, run.epoch)).to(run.device)
+    draws = view_draws(run, run.epoch)
+    if run.step == 0:
+        run.statistics, run.seconds = torch.zeros(run.steps, 2, device=run.device), 0.0
+    shown, kept = Ticker(1), Ticker(60 * args.checkpoint_minutes)
+    run.model.train()
+    bar = tqdm(
+        total=run.train_count,
+        initial=run.step * args.batch_size,
+        desc=f"epoch {run.epoch}/{args.epochs}",
+        unit=" images",
+        disable=None,
+        dynamic_ncols=True,
+        leave=False,
+    )
+    with bar:
+        started = time.monotonic() - run.seconds
+        for index in order.split(args.batch_size)[run.step :]:
+            if stop.number or kept.due():
+                means_so_far(run, experiment)
+                run.seconds = time.monotonic() - started
+                experiment.save_checkpoint(state_of(run))
+            if stop.number:
+                bar.close()
+                print(
+                    f"stopped in epoch {run.epoch} after step {run.step}; --resume True with the same command goes on"
+                )
+                sys.exit(128 + stop.number)
+            run.statistics[run.step] = training_step(run, index, draws)
+            run.step += 1
+            bar.update(len(index))
+            if shown.due():  # reading numbers back waits for the device: about once a second
+                loss, hits = means_so_far(run, experiment)
+                bar.set_postfix_str(f"loss {loss:.3f}, pretext {hits:.1%}")
+        means = means_so_far(run, experiment)
+        run.seconds = time.monotonic() - started
+    return means
+
+
+def view_draws(run, epoch):
+    """The random numbers of every image's two views in this epoch, float32 [N, 96]; epoch 0 is validation's."""
+    columns = IMAGE_VIEW_DRAWS + JIGSAW_DRAWS
+    return uniform_draws(len(run.images), columns, run.args.seed, VIEWS, epoch, device=run.device)
+
+
+def means_so_far(run, experiment):
+    """(loss, share of hits) over the epoch's steps so far. Waits for the device; ends the run if a loss is not finite."""
+    done = run.statistics[: run.step].cpu()
+    bad = (~done.isfinite()).any(1).nonzero()
+    if len(bad):
+        kept = (
+            f"the last checkpoint, {experiment.checkpoint}, is good"
+            if experiment.checkpoint.exists()
+            else "no checkpoint yet"
+        )
+        raise UserError(
+            f"the loss is not finite in epoch {run.epoch}, step {int(bad[0]) + 1}: lower --lr, raise --temp-parameter or "
+            f"--warmup-epochs, or use --precision fp32 ({kept})"
+        )
+    images = min(run.step * run.args.batch_size, run.train_count)
+    return (done.double().sum(0) / images).tolist()
+
+
+@torch.no_grad()
+def validate(run):
+    """(loss, share of hits) of the validation images, None without any: running statistics for whole images, the same
+    views and negatives in every epoch."""
+    count = len(run.images) - run.train_count
+    if not count:
+        return None, None
+    index = torch.arange(run.train_count, len(run.images), device=run.device)
+    draws = view_draws(run, 0)
+    sums = torch.zeros(2, device=run.device)
+    run.model.eval()
+    for step, batch in enumerate(index.split(run.args.batch_size)):
+        image_vectors, losses, hits = forward(run, batch, draws, (0, step))
+        run.bank.update(batch, image_vectors)
+        sums += torch.stack([losses.sum(), hits.sum()])
+    return (sums.cpu().double() / count).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's beginning, its record and its end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_run(args, device):
+    """Images, network, optimiser and an empty bank, at the run's first step."""
+    images, train_count, checksum = load_unlabelled(
+        args.data_dir, args.image_size, device, args.seed, args.only_train, args.val_images
+    )
+    if args.batch_size > train_count:
+        raise UserError(
+            f"--batch-size {args.batch_size} is more than the {train_count} training images: choose a smaller one"
+        )
+    if (args.count_negatives or 0) > train_count - 1:
+        raise UserError(
+            f"--count-negatives {args.count_negatives} is more than the {train_count - 1} other training images: choose "
+            "fewer, or leave it out to use them all"
+        )
+    torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
+    model = PIRL(args.model_type, args.non_linear_head).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.trunk.compile(dynamic=False)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+    vectors = torch.randn(len(images), VECTOR_SIZE, generator=generator(device, args.seed, BANK), device=device)
+    return Run(
+        args=args,
+        device=device,
+        precision=choose_precision(args, device),
+        images=images,
+        train_count=train_count,
+        checksum=checksum,
+        negatives=args.count_negatives or min(DEFAULT_NEGATIVES, train_count - 1),
+        model=model,
+        optimizer=optimizer,
+        bank=MemoryBank(vectors, train_count, args.beta),
+    )
+
+
+def announce(run):
+    """Say what is about to be done."""
+    args, fewer = run.args, run.negatives < DEFAULT_NEGATIVES and not run.args.count_negatives
+    print(
+        f"{args.experiment_name}: PIRL, {args.model_type}, on {run.device.type} in {run.precision}, seed {args.seed}\n"
+        f"  {run.train_count} training images of {args.image_size} × {args.image_size} pixels, "
+        f"{len(run.images) - run.train_count} for validation, batches of {args.batch_size}: {run.steps} steps per epoch\n"
+        f"  {run.negatives} negatives{' (all other training images; there are no 6400)' if fewer else ''}, "
+        f"loss {args.loss} with positives of the {args.positive}, epochs {run.epoch} to {args.epochs}",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def start_bank(run):
+    """Fill the bank with f(φ(I)) of every image as it is, under batch statistics (--bank-start features)."""
+    if run.args.bank_start == "random":
+        return
+    vectors = []
+    run.model.eval()
+    with batch_statistics(run.model.trunk), autocast(run.device, run.precision):
+        for batch in tqdm(
+            run.images.split(run.args.batch_size),
+            "filling the memory bank",
+            disable=None,
+            dynamic_ncols=True,
+            leave=False,
+        ):
+            vectors.append(run.model.head_f(run.model.trunk(normalised(batch))).float())
+    run.bank = MemoryBank(torch.cat(vectors), run.train_count, run.args.beta)
+
+
+def warm_start(run, experiment):
+    """Start from the weights of a finished run, at --cont-epoch; under the run's own name, its CSV is continued."""
+    args = run.args
+    path = find_weights(args.pirl_model_name or args.experiment_name, args.weights_dir)
+    state = read_torch_file(path, "PIRL weights")
+    for name, module in parts(run.model).items():
+        load_weights(module, state.get(name), path)
+    run.epoch = args.cont_epoch
+    if experiment.observations.exists():
+        with open(experiment.observations, newline="") as file:
+            run.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < run.epoch]
+    print(f"starting from {path}, at epoch {run.epoch}")
+
+
+def resume(run, checkpoint, experiment):
+    """Put everything back to where the checkpoint was written."""
+    if checkpoint["images"] != run.checksum:
+        raise UserError(
+            f"{experiment.checkpoint} was made with other images than those in {run.args.data_dir}: give their --data-dir"
+        )
+    for name, module in parts(run.model).items():
+        load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.bank.vectors.copy_(checkpoint["bank"])
+    run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
+    run.statistics = checkpoint["statistics"].to(run.device)
+    run.seconds, run.rows = checkpoint["seconds"], checkpoint["rows"]
+    if run.rows:
+        experiment.write_rows(run.rows)
+    print(f"going on from {experiment.checkpoint}: epoch {run.epoch}, after step {run.step}")
+
+
+def parts(model):
+    """The parts of the network under the names that they have in our files."""
+    return {"trunk": model.trunk, "head_f": model.head_f, "head_g": model.head_g}
+
+
+def state_of(run):
+    """What resume() needs, for torch.save."""
+    return {
+        "settings": settings_of(run.args),
+        "images": run.checksum,
+        "model": {name: module.state_dict() for name, module in parts(run.model).items()},
+        "optimizer": run.optimizer.state_dict(),
+        "bank": run.bank.vectors,
+        "epoch": run.epoch,
+        "step": run.step,
+        "statistics": run.statistics,
+        "seconds": run.seconds,
+        "rows": run.rows,
+    }
+
+
+def finish_epoch(run, experiment, train, validation):
+    """The epoch's row of the CSV, its line on the screen, and the checkpoint at its end."""
+    row = {
+        "epoch": run.epoch,
+        "train_loss": train[0],
+        "val_loss": validation[0],
+        "train_acc": train[1],
+        "val_acc": validation[1],
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "images_per_second": round(run.train_count / run.seconds, 1),
+    }
+    run.rows.append(row)
+    text = f"epoch {run.epoch}/{run.args.epochs}: loss {train[0]:.4f}, pretext {train[1]:.2%}"
+    if validation[0] is not None:
+        text += f", validation loss {validation[0]:.4f}, pretext {validation[1]:.2%}"
+    print(f"{text}, {row['images_per_second']} images/s", flush=True)
+    run.epoch, run.step = run.epoch + 1, 0
+    experiment.save_checkpoint(state_of(run))
+    experiment.write_rows(run.rows)
+
+
+def export(run, experiment):
+    """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
+    with whole_file(experiment.model) as file:
+        torch.save(
+            {
+                "kind": "PIRL weights",
+                **{name: module.state_dict() for name, module in parts(run.model).items()},
+                "settings": settings_of(run.args),
+                "pixel_mean": MEAN,
+                "pixel_std": STD,
+            },
+            file,
+        )
+    print(f"wrote {experiment.model}, {experiment.checkpoint} and {experiment.observations}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,373 @@
+"""What the scripts share beside data and models: arguments, devices, whole files, checkpoints, the record of a run."""
+
+import argparse
+import contextlib
+import csv
+import errno
+import fcntl
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """Something that the user can put right. Its text reads "what is wrong: what to do"."""
+
+
+def run_script(main):
+    """Call main(); whatever the user can mend ends the script with one line on standard error and status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full: choose a smaller --batch-size, or free the card")
+    except (OSError, RuntimeError) as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}")
+
+
+def full_disk(error):
+    """The line to show for an error of the storage, or None for any other error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__  # torch.save reports a failed write as a RuntimeError
+    advice = {
+        errno.ENOSPC: "make room on that disk; what was written before is intact, and the same command goes on",
+        errno.EDQUOT: "your quota is used up; make room, and the same command goes on",
+        errno.EFBIG: "files may not grow that large here (see ulimit -f)",
+        errno.EROFS: "choose a folder that can be written",
+        errno.EACCES: "choose a folder that you may write to and files that you may read",
+        errno.EPERM: "choose a folder that you may write to",
+        errno.ENOTDIR: "a file stands where a folder is needed; name another path",
+        errno.EISDIR: "a folder stands where a file is needed; name another path",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.EIO: "the disk reports an error; what was written before is intact",
+    }
+    if error is None or error.errno not in advice:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}: {advice[error.errno]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with every default in --help, and one line (status 2) for a usage error."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):
+        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+
+    def add_switch(self, name, default, help):
+        self.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
+
+
+def boolean(text):
+    """ "True", "yes", "1" or "False", "no", "0", in any case, to bool."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return words[text.lower()]
+
+
+def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+    """An argparse type: an int or float within [low, high], and strictly `above` and `below` where given."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if not low <= value <= high or (above is not None and value <= above) or (below is not None and value >= below):
+            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+            bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
+        return value
+
+    return convert
+
+
+def experiment_name(text):
+    """A name that is a file name and no path."""
+    if not text or text != Path(text).name or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a plain file name")
+    return text
+
+
+def add_run_arguments(parser, experiment):
+    """The flags that both training scripts have."""
+    parser.add_argument("--model-type", choices=["res18", "res34", "res50"], default="res18", help="the trunk")
+    parser.add_argument("--experiment-name", type=experiment_name, default=experiment, help="names the run's files")
+    parser.add_argument("--data-dir", type=Path, default=Path("stl10_data"), help="what stl10_data_load.py wrote")
+    parser.add_argument("--weights-dir", type=Path, default=Path("weights"), help="for <experiment>.pt and .ckpt")
+    parser.add_argument(
+        "--observations-dir", type=Path, default=Path("observations_dir"), help="for the CSV, one row per epoch"
+    )
+    parser.add_argument(
+        "--image-size", type=number(int, 32, 96), default=96, help="pixels; images are scaled to it once, when read"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of every random number of the run")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda, fp32 on cpu"
+    )
+    parser.add_switch("--resume", False, help="go on from <experiment>.ckpt")
+
+
+def settings_of(args):
+    """The arguments as a dict of plain values, which a checkpoint may hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and random numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_device(args):
+    """args.device -> torch.device; sets the process's numeric switches for it."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA GPU: use --device cpu, or check the driver")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def choose_precision(args, device):
+    """args.precision -> "fp32" or "bf16"."""
+    return args.precision if args.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+
+
+def autocast(device, precision):
+    """The context in which the network runs. The memory bank and the loss stay outside, in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# One independent stream of random numbers per purpose.
+SPLIT, ORDER, VIEWS, NEGATIVES, BANK, INITIAL_WEIGHTS = range(6)
+
+
+def derived_seed(*key):
+    """A well-mixed seed of 63 bits from whole numbers, such as (seed, VIEWS, epoch, step)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(device, *key):
+    """A torch.Generator that is a function of `key` alone."""
+    return torch.Generator(device).manual_seed(derived_seed(*key))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb"):
+    """Open a file that appears under `path` whole or not at all: written beside, synced, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder):
+    """Make the names in `folder` durable, as fsync makes a file's content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Experiment:
+    """The files of one experiment, held by one process at a time.
+
+    <weights-dir>/<name>.pt is the finished model, <name>.ckpt (and <name>.previous.ckpt, the one before it) what
+    --resume needs, <observations-dir>/<name>_observations.csv a row per epoch.
+    """
+
+    def __init__(self, args, kind):
+        self.name, self.kind = args.experiment_name, kind
+        self.model = args.weights_dir / f"{self.name}.pt"
+        self.checkpoint = args.weights_dir / f"{self.name}.ckpt"
+        self.previous = args.weights_dir / f"{self.name}.previous.ckpt"
+        self.observations = args.observations_dir / f"{self.name}_observations.csv"
+        args.weights_dir.mkdir(parents=True, exist_ok=True)
+        args.observations_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(args.weights_dir / f".{self.name}.lock", "w")  # closed, and so unlocked, with the process
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is running the experiment {self.name}: wait for it, or choose another "
+                "--experiment-name"
+            ) from None
+
+    def files(self):
+        return [f for f in (self.model, self.checkpoint, self.previous, self.observations) if f.exists()]
+
+    def refuse_taken_name(self):
+        if files := self.files():
+            raise UserError(
+                f"the name {self.name} is taken ({files[0]} exists): go on with it by --resume True, or choose another "
+                "--experiment-name"
+            )
+
+    def save_checkpoint(self, state):
+        """Write `state`, read it back, and only then let it take the last checkpoint's place, which is kept."""
+        part = self.checkpoint.with_name(f".{self.name}.ckpt.part")
+        with whole_file(part) as file:
+            torch.save({"kind": self.kind, **state}, file)
+        if reason := damage(part):
+            part.unlink()
+            raise UserError(f"{self.checkpoint} read back damaged ({reason}): check the disk; the last one is kept")
+        if self.checkpoint.exists():
+            os.replace(self.checkpoint, self.previous)
+        os.replace(part, self.checkpoint)
+        sync_folder(self.checkpoint.parent)
+
+    def load_checkpoint(self, settings, may_differ):
+        """The newest checkpoint that is whole, or None if there is none; refuses one of other settings."""
+        state, problem = None, None
+        for path in (self.checkpoint, self.previous):
+            if path.exists():
+                try:
+                    state = read_torch_file(path, self.kind)
+                    break
+                except UserError as error:
+                    problem = error
+        if state is None and problem:
+            raise problem
+        if problem:
+            print(f"warning: {problem}; going on from {path}, the one before", file=sys.stderr)
+        if state is not None:
+            then = state["settings"]
+            differ = [
+                f"{name} was {then.get(name)}, is {value}"
+                for name, value in settings.items()
+                if name not in may_differ and then.get(name) != value
+            ]
+            if differ:
+                raise UserError(
+                    f"{path} was made with other settings ({'; '.join(differ)}): use the same, or start another "
+                    "--experiment-name"
+                )
+        return state
+
+    def write_rows(self, rows):
+        """All epochs so far, a dict each, as the CSV."""
+        with whole_file(self.observations, "w") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def damage(path):
+    """What is wrong with a file that torch.save wrote, by the checksums in it; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                return "compressed members"  # torch.save never writes them; they could hide any amount of memory
+            member = archive.testzip()
+            return member and f"wrong checksum of {member}"
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+
+
+def read_torch_file(path, kind):
+    """A dict that one of the scripts wrote with torch.save, on the CPU. `kind` is what it must call itself."""
+    try:
+        reason = damage(path)
+        state = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the name") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: name a file that pirl_stl_train_test.py wrote") from None
+    except Exception as error:  # arbitrary bytes make the unpickler raise almost anything
+        reason = str(error).split("\n")[0] or type(error).__name__
+    if reason:
+        raise UserError(f"{path} is damaged or no file of torch.save ({reason}): use another copy")
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind} file of this project: name one that is")
+    return state
+
+
+def find_weights(name, weights_dir):
+    """The file that a user means by a path, or by a name under the weights folder."""
+    tried = [Path(name), weights_dir / name, weights_dir / f"{name}.pt"]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise UserError(f"there is no model {name} (looked for {', '.join(map(str, tried))}): check the name")
+
+
+def load_weights(module, state, path):
+    """Load a state dict into a module; one line instead of torch's page if names or shapes do not fit."""
+    own = module.state_dict()
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        raise UserError(f"the weights of {path} are of another architecture: give the --model-type they were made with")
+    for name, value in own.items():
+        if not isinstance(state[name], torch.Tensor) or state[name].shape != value.shape:
+            raise UserError(f"{name} in {path} has another shape: give the --model-type it was made with")
+    module.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# While it runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C ask the loop to stop at its next step; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.number = number
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Ticker:
+    """due() is True at most once in `seconds`: for what must not be done at every step."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self):
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True

@@ -35,7 +35,9 @@ def image_files(folder):
     try:
         files = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".png")]
     except FileNotFoundError:
-        raise UserError(f"{folder} does not exist: run stl10_data_load.py first, or name its folder by --data-dir")
+        raise UserError(
+            f"{folder} does not exist: run stl10_data_load.py first, or name its folder by --data-dir"
+        ) from None
     for file in files:
         if not file.stem.isdecimal():
             raise UserError(f"{file} is not named <index>.png: move it out of the folder")
@@ -68,7 +70,7 @@ def read_image(path, side):
 
 
 def decode(files, side, device, what):
-    """(uint8 [N, 3, side, side] on `device`, CRC-32 of its bytes), decoded by a thread per core (Pillow frees the GIL)."""
+    """(uint8 [N, 3, side, side] on `device`, CRC-32 of its bytes), by a thread per core (Pillow frees the GIL)."""
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8, device=device)
     checksum = 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress_bar(len(files), what, " images") as bar:
@@ -144,7 +146,7 @@ def stratified_split(labels, seed):
 
 
 def uniform_draws(count, columns, *key, device):
-    """A row of `columns` numbers, uniform in [0, 1), for each of `count` images: float32 [count, columns] from `key`."""
+    """A row of numbers, uniform in [0, 1), for each of `count` images: float32 [count, columns], from `key`."""
     return torch.rand(count, columns, generator=generator(device, *key), device=device)
 
 
@@ -236,7 +238,7 @@ def sample(images, y, x):
 
 
 def jitter(draws):
-    """draws [N, 6] -> brightness, contrast, saturation factors and hue angle in radians, each [N]; saturation 0 is gray."""
+    """draws [N, 6] -> brightness, contrast, saturation (0 is gray) and hue angle in radians, each [N]."""
     brightness, contrast, saturation, hue, kept, gray = draws.unbind(1)
     strength = (kept < JITTER_SHARE).to(draws.dtype)
     brightness = 1 + strength * BRIGHTNESS * (2 * brightness - 1)

@@ -12,14 +12,17 @@ class MemoryBank:
     """
 
     def __init__(self, vectors, train_count, beta):
-        """vectors [N, 128], normalised here; train_count: the first rows, N at most; beta: β, the weight of the past."""
+        """vectors [N, 128], normalised here; train_count: of the first rows; beta: β, the weight of the past."""
         self.vectors = F.normalize(vectors.float(), dim=1)
         self.train_count = train_count
         self.beta = beta
 
     @torch.no_grad()
     def update(self, index, image_vectors):
-        """m_i ← β·m_i + (1−β)·f(φ(I))/‖f(φ(I))‖, normalised again. index [B] int64, no row twice; image_vectors [B, 128]."""
+        """m_i ← β·m_i + (1−β)·f(φ(I))/‖f(φ(I))‖, normalised again.
+
+        index [B] int64, no row twice; image_vectors f(φ(I)) [B, 128], any float type.
+        """
         fresh = F.normalize(image_vectors.float(), dim=1)
         mixed = self.beta * self.vectors[index] + (1 - self.beta) * fresh
         self.vectors.index_copy_(0, index, F.normalize(mixed, dim=1))

@@ -200,7 +200,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args):
 
 
 def forward(run, index, draws, step_key):
-    """Both views of the images `index` [B] through the network to the loss: (f(φ(I)) [B, 128], losses [B], hits [B])."""
+    """Both views of the images `index` [B] to the loss: (f(φ(I)) [B, 128] detached, losses [B], hits [B])."""
     images = run.images.index_select(0, index).float()
     image_draws, jigsaw_draws = draws.index_select(0, index).split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
     view, patches = image_view(images, image_draws), jigsaw_view(images, jigsaw_draws)
@@ -283,7 +283,7 @@ def view_draws(run, epoch):
 
 
 def means_so_far(run, experiment):
-    """(loss, share of hits) over the epoch's steps so far. Waits for the device; ends the run if a loss is not finite."""
+    """(loss, share of hits) of the epoch so far. Waits for the device; ends the run if a loss is not finite."""
     done = run.statistics[: run.step].cpu()
     bad = (~done.isfinite()).any(1).nonzero()
     if len(bad):
@@ -293,8 +293,8 @@ def means_so_far(run, experiment):
             else "no checkpoint yet"
         )
         raise UserError(
-            f"the loss is not finite in epoch {run.epoch}, step {int(bad[0]) + 1}: lower --lr, raise --temp-parameter or "
-            f"--warmup-epochs, or use --precision fp32 ({kept})"
+            f"the loss is not finite in epoch {run.epoch}, step {int(bad[0]) + 1}: lower --lr, raise --temp-parameter "
+            f"or --warmup-epochs, or use --precision fp32 ({kept})"
         )
     images = min(run.step * run.args.batch_size, run.train_count)
     return (done.double().sum(0) / images).tolist()
@@ -334,8 +334,8 @@ def start_run(args, device):
         )
     if (args.count_negatives or 0) > train_count - 1:
         raise UserError(
-            f"--count-negatives {args.count_negatives} is more than the {train_count - 1} other training images: choose "
-            "fewer, or leave it out to use them all"
+            f"--count-negatives {args.count_negatives} is more than the {train_count - 1} other training images: "
+            "choose fewer, or leave it out to use them all"
         )
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
     model = PIRL(args.model_type, args.non_linear_head).to(device, memory_format=torch.channels_last)
@@ -365,7 +365,7 @@ def announce(run):
     print(
         f"{args.experiment_name}: PIRL, {args.model_type}, on {run.device.type} in {run.precision}, seed {args.seed}\n"
         f"  {run.train_count} training images of {args.image_size} × {args.image_size} pixels, "
-        f"{len(run.images) - run.train_count} for validation, batches of {args.batch_size}: {run.steps} steps per epoch\n"
+        f"{len(run.images) - run.train_count} for validation, {run.steps} steps of {args.batch_size} per epoch\n"
         f"  {run.negatives} negatives{' (all other training images; there are no 6400)' if fewer else ''}, "
         f"loss {args.loss} with positives of the {args.positive}, epochs {run.epoch} to {args.epochs}",
         flush=True,
@@ -409,7 +409,7 @@ def resume(run, checkpoint, experiment):
     """Put everything back to where the checkpoint was written."""
     if checkpoint["images"] != run.checksum:
         raise UserError(
-            f"{experiment.checkpoint} was made with other images than those in {run.args.data_dir}: give their --data-dir"
+            f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
     for name, module in parts(run.model).items():
         load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)

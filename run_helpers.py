@@ -223,7 +223,8 @@ class Experiment:
         self.observations = args.observations_dir / f"{self.name}_observations.csv"
         args.weights_dir.mkdir(parents=True, exist_ok=True)
         args.observations_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = open(args.weights_dir / f".{self.name}.lock", "w")  # closed, and so unlocked, with the process
+        lock = args.weights_dir / f".{self.name}.lock"
+        self.lock = lock.open("w")  # closed, and so unlocked, with the process
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

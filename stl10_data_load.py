@@ -4,15 +4,16 @@ python stl10_data_load.py                # downloads 2.6 GB unless the raw files
 python stl10_data_load.py --synthetic    # no download: ten made-up classes in the same layout
 """
 
+import gzip
 import http.client
 import json
 import math
 import os
 import shutil
-import socket
 import tarfile
 import time
 import urllib.error
+import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import STL10
-from torchvision.datasets.utils import calculate_md5, download_url
+from torchvision.datasets.utils import calculate_md5
+from tqdm import tqdm
 
 from dataset_helpers import STL10_SIDE, progress_bar, read_image
-from run_helpers import Parser, UserError, number, run_script, whole_file
+from run_helpers import Parser, Ticker, UserError, full_disk, number, run_script, whole_file
 
 IMAGE_BYTES = 3 * STL10_SIDE**2
 MD5 = dict(STL10.train_list + STL10.test_list)
@@ -34,7 +36,8 @@ SPLITS = {  # ours -> raw images, raw labels
 }
 SYNTHETIC_COUNTS = {"train": 1000, "test": 1000, "unlabelled": 2000}
 IMAGES_PER_TASK = 64
-SILENT_SECONDS = 60
+SILENT_SECONDS = 60  # until a server is given up
+SLOWEST = 1000  # bytes per second
 
 
 def parse_args(argv=None):
@@ -79,24 +82,54 @@ def main():
 
 def download(url, md5, raw_dir):
     """The archive under `raw_dir`, fetched unless it is there. It has its name only once it is whole."""
-    archive, part = raw_dir / STL10.filename, f".{STL10.filename}.part"
+    archive, part = raw_dir / STL10.filename, raw_dir / f".{STL10.filename}.part"
     if archive.exists():
         print(f"using the archive {archive}")
         return archive
+    raw_dir.mkdir(parents=True, exist_ok=True)
     print(f"fetching {url}")
-    socket.setdefaulttimeout(SILENT_SECONDS)
-    (raw_dir / part).unlink(missing_ok=True)
     try:
-        download_url(url, raw_dir, part)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+        fetch(url, part)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, OSError) and full_disk(error):
+            raise
         raise UserError(
-            f"{url} could not be fetched ({error}): try again, or put the raw files into {raw_dir}"
+            f"{url} could not be fetched ({str(error) or type(error).__name__}): run this again to go on from there, "
+            f"or put the raw files into {raw_dir}"
         ) from None
-    if md5 and calculate_md5(raw_dir / part) != md5:
-        (raw_dir / part).unlink()
-        raise UserError(f"what came from {url} is cut short or altered (its MD5 is not {md5}): run this again")
-    os.replace(raw_dir / part, archive)
+    if md5 and calculate_md5(part) != md5:
+        part.unlink()
+        raise UserError(f"what came from {url} is not what it should be (its MD5 is not {md5}): run this again")
+    os.replace(part, archive)
     return archive
+
+
+def fetch(url, part):
+    """Get `url` into the file `part`, going on from its present end where the server can."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=SILENT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        part.unlink()  # of another file than the server's: from the start
+        return fetch(url, part)
+    with response, open(part, "ab" if response.status == http.client.PARTIAL_CONTENT else "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = length and file.tell() + int(length)
+        bar = tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc="fetching", disable=None)
+        slow, before = Ticker(SILENT_SECONDS), file.tell()
+        with bar:
+            while block := response.read(2**16):
+                file.write(block)
+                bar.update(len(block))
+                if slow.due():
+                    if file.tell() - before < SLOWEST * SILENT_SECONDS:
+                        raise TimeoutError(f"fewer than {SLOWEST} bytes per second")
+                    before = file.tell()
+        if total and file.tell() != total:
+            raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")
 
 
 def extract(archive, raw):
@@ -106,20 +139,17 @@ def extract(archive, raw):
     part.mkdir(parents=True)
     print(f"unpacking {archive}")
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
+        with gzip.open(archive) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                tar.extractall(part, filter="data")
+            while stream.read(2**20):  # to the end, where gzip keeps its checksum
+                pass
     except tarfile.FilterError as error:
         raise UserError(f"{archive} is not to be trusted ({error}): remove it and get another copy") from None
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        archive.unlink()
-        raise UserError(f"{archive} was cut short or damaged ({error}) and is removed: run this again") from None
-    except OSError as error:
-        if error.errno is not None:  # a full disk, say
-            raise
-        archive.unlink()  # gzip's own errors, such as a wrong checksum, have no number
-        raise UserError(f"{archive} was damaged ({error}) and is removed: run this again") from None
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} is cut short or damaged ({error}): remove it and run this again") from None
     if not (part / raw.name).is_dir():
-        raise UserError(f"{archive} holds no folder {raw.name}: check --url, and remove the archive")
+        raise UserError(f"{archive} holds no folder {raw.name}: remove it, and check --url")
     os.replace(part / raw.name, raw)
     shutil.rmtree(part)
 
@@ -181,9 +211,9 @@ def write_split(raw, data_dir, split):
             bar.update()
 
     started = time.monotonic()
-    with progress_bar(len(images), f"writing {split}", " images") as bar:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(write, range(0, len(images), IMAGES_PER_TASK)))
+    bar = progress_bar(len(images), f"writing {split}", " images")
+    with bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(write, range(0, len(images), IMAGES_PER_TASK)))
     print(f"{split}: {len(images)} images, {len(images) / (time.monotonic() - started):.0f} per second")
     if len(list((data_dir / split).rglob("*.png"))) != len(images):
         raise UserError(
@@ -262,7 +292,7 @@ def wave(value):
 
 
 def synthetic_image(label, rng):
-    """uint8 [96, 96, 3]: the pattern of a class in two random colours, at a random place, size and angle, unevenly lit."""
+    """uint8 [96, 96, 3]: a class's pattern in two random colours, at a random place, size and angle, unevenly lit."""
     y, x = np.mgrid[-1 : 1 : STL10_SIDE * 1j, -1 : 1 : STL10_SIDE * 1j]
     angle, size, (dy, dx) = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 1.4), rng.uniform(-0.35, 0.35, 2)
     u = ((x - dx) * math.cos(angle) + (y - dy) * math.sin(angle)) / size
@@ -277,7 +307,7 @@ def synthetic_image(label, rng):
 
 
 def write_synthetic(raw, seed):
-    """A raw set in STL-10's layout with ten classes of pattern; colour, place, size and angle say nothing of the class."""
+    """A raw set in STL-10's layout: ten classes of pattern. Colour, place, size and angle say nothing of the class."""
     part = raw.with_name(f".{raw.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -1,0 +1,113 @@
+"""Small data of the tests' own, and ways to run the scripts."""
+
+import contextlib
+import io
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pirl_stl_train_test
+import stl10_data_load
+import train_stl_after_ssl
+from run_helpers import run_script
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {module.__name__: module for module in (stl10_data_load, pirl_stl_train_test, train_stl_after_ssl)}
+COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+    def is_one_line_error(self, *parts, status=1):
+        """Whether this is one line "error: what is wrong: what to do" that names each of `parts`."""
+        lines = self.err.splitlines()
+        assert self.status == status, (self.status, self.out, self.err)
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        assert ": " in lines[0][7:], self.err
+        for part in parts:
+            assert str(part) in lines[0], (part, self.err)
+        return True
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(script, *arguments) runs a script's main in this process, as the shell would see it."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                run_script(SCRIPTS[script].main)
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):  # what the interpreter does with it
+                err.write(status + "\n")
+                status = 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Outcome(status, out.getvalue(), err.getvalue())
+
+    return call
+
+
+def start(script, *arguments, **options):
+    """A script as a process of its own."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def write_raw(folder, counts, seed=0):
+    """A raw set of noise in STL-10's layout under folder/stl10_binary: images [N, 3, 96, 96], column by column."""
+    rng = np.random.default_rng(seed)
+    raw = folder / "stl10_binary"
+    raw.mkdir(parents=True)
+    for split, (images, labels) in stl10_data_load.SPLITS.items():
+        smooth = rng.integers(0, 256, (counts[split], 3, 12, 12), np.uint8)
+        smooth.repeat(8, 2).repeat(8, 3).tofile(raw / images)
+        if labels:
+            (np.arange(counts[split]) % 10 + 1).astype(np.uint8).tofile(raw / labels)
+    return raw
+
+
+@pytest.fixture(scope="session")
+def raw_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+    write_raw(folder, COUNTS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(raw_dir, tmp_path_factory):
+    """Image folders of 60 training, 40 test and 100 unlabelled images. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("stl10") / "data"
+    for split in stl10_data_load.SPLITS:
+        stl10_data_load.write_split(raw_dir / "stl10_binary", folder, split)
+    return folder
+
+
+@pytest.fixture
+def tiny(data_dir, tmp_path):
+    """Flags that make a run take seconds."""
+    return [
+        *("--data-dir", data_dir, "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--device", "cpu"),
+        *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)

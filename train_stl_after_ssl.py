@@ -1,0 +1,434 @@
+"""Train on the labelled images of STL-10 after pretraining: the softmax layer alone, then the whole network.
+
+    python train_stl_after_ssl.py --model-type res18 --batch-size 128 --lr 0.1 --patience-for-lr-decay 4 \\
+        --full-fine-tune True --pirl-model-name exp
+
+Without --pirl-model-name the trunk starts at random: the baseline that shows what pretraining brought.
+"""
+
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from dataset_helpers import (
+    LABELLED_VIEW_DRAWS,
+    MEAN,
+    STD,
+    labelled_view,
+    load_labelled,
+    normalised,
+    stratified_split,
+    uniform_draws,
+)
+from models import Classifier, make_trunk
+from run_helpers import (
+    INITIAL_WEIGHTS,
+    ORDER,
+    VIEWS,
+    Experiment,
+    Parser,
+    StopSignal,
+    UserError,
+    add_run_arguments,
+    autocast,
+    choose_device,
+    choose_precision,
+    derived_seed,
+    find_weights,
+    generator,
+    load_weights,
+    number,
+    read_torch_file,
+    run_script,
+    settings_of,
+    whole_file,
+)
+
+CLASSES = 10
+SOFTMAX, FULL = "only the softmax layer", "the whole network"
+MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "full_fine_tune"}
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__.split("\n")[0])
+    add_run_arguments(parser, experiment="e1_pirl_sup_")
+    add = parser.add_argument
+    add("--pirl-model-name", help="a path, or a name under the weights folder (default: a random trunk)")
+    parser.add_switch("--full-fine-tune", False, "train the whole network after the softmax layer")
+    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--epochs", type=number(int, 1), default=100, help="of each stage")
+    add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of SGD (momentum 0.9), softmax stage")
+    add("--full-lr", type=number(float, 0, 100), default=0.01, help="the same for the full stage")
+    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of all weights that are trained")
+    add(
+        "--patience-for-lr-decay",
+        type=number(int, 0),
+        default=10,
+        help="epochs without a better validation loss until the learning rate falls to a tenth",
+    )
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    device = choose_device(args)
+    experiment = Experiment(args, "labelled checkpoint")
+    checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
+    if not args.resume:
+        experiment.refuse_taken_name()
+    run = start_run(args, device)
+    if checkpoint is not None:
+        resume(run, checkpoint, experiment)
+    announce(run)
+    stop = StopSignal()
+    if SOFTMAX not in run.results:
+        train_softmax_layer(run, stop)
+        experiment.save_checkpoint(state_of(run))
+        experiment.write_rows(run.rows)
+    if args.full_fine_tune and FULL not in run.results:
+        train_whole_network(run, experiment, stop)
+        experiment.save_checkpoint(state_of(run))
+    report(run, experiment)
+
+
+@dataclass
+class Run:
+    """The labelled images on the device, the network, and what came of it so far."""
+
+    args: object
+    device: torch.device
+    precision: str
+    images: torch.Tensor  # uint8 [N, 3, S, S], labelled training images
+    labels: torch.Tensor  # int64 [N] from 0
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    checksum: list  # of both
+    train: torch.Tensor  # indices into images
+    validation: torch.Tensor
+    trunk_name: str
+    model: Classifier
+    results: dict = field(default_factory=dict)  # strategy -> (validation accuracy, test accuracy)
+    rows: list = field(default_factory=list)  # of the CSV
+    full_stage: dict = None  # where the full stage stands
+
+
+def start_run(args, device):
+    """Labelled images, and the trunk: pretrained, or at random."""
+    path = find_weights(args.pirl_model_name, args.weights_dir) if args.pirl_model_name else None
+    pretrained = read_torch_file(path, "PIRL weights") if path else None
+    torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
+    trunk, dimension = make_trunk(args.model_type)
+    if pretrained:
+        load_weights(trunk, pretrained.get("trunk"), path)
+    images, labels, checksum = load_labelled(args.data_dir / "train", args.image_size, device)
+    test_images, test_labels, test_checksum = load_labelled(args.data_dir / "test", args.image_size, device)
+    train, validation = (part.to(device) for part in stratified_split(labels.cpu(), args.seed))
+    if len(validation) == 0:
+        raise UserError(f"{args.data_dir / 'train'} has too few images to set some apart for validation: give it more")
+    if args.batch_size > len(train):
+        raise UserError(
+            f"--batch-size {args.batch_size} is more than the {len(train)} training images: choose a smaller one"
+        )
+    return Run(
+        args=args,
+        device=device,
+        precision=choose_precision(args, device),
+        images=images,
+        labels=labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        checksum=[checksum, test_checksum],
+        train=train,
+        validation=validation,
+        trunk_name=f"PIRL trunk ({path})" if path else "random trunk",
+        model=Classifier(trunk, dimension, CLASSES).to(device, memory_format=torch.channels_last),
+    )
+
+
+def announce(run):
+    args = run.args
+    print(
+        f"{args.experiment_name}: {args.model_type}, {run.trunk_name}, on {run.device.type} in {run.precision}, "
+        f"seed {args.seed}\n"
+        f"  {len(run.train)} training, {len(run.validation)} validation and {len(run.test_images)} test images of "
+        f"{args.image_size} × {args.image_size} pixels, {args.epochs} epochs of {steps_per_epoch(run)} steps for "
+        f"{SOFTMAX}{', then as many for ' + FULL if args.full_fine_tune else ''}",
+        flush=True,
+    )
+
+
+def steps_per_epoch(run):
+    return -(-len(run.train) // run.args.batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Only the softmax layer, on features that are computed once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_softmax_layer(run, stop):
+    """Train the linear layer on the frozen trunk's features of two views, the image and its mirror image."""
+    features = torch.stack([features_of(run, run.images, flip) for flip in (False, True)])  # [2, N, d]
+    mean, scale = standardisation(features[:, run.train])
+    features = (features - mean) / scale
+    layer, fit = fit_softmax_layer(features, run.labels, run.train, run.validation, run.args, stop)
+    run.rows += fit["rows"]
+    fold_standardisation(layer, mean, scale, run.model.softmax_layer)
+    test_accuracy = evaluate(run, run.test_images, run.test_labels)[1]
+    run.results[SOFTMAX] = (fit["val_acc"], test_accuracy)
+
+
+@torch.no_grad()
+def features_of(run, images, flip=False):
+    """The trunk's features in eval mode (running statistics): uint8 [N, 3, S, S] -> float32 [N, d]."""
+    run.model.eval()
+    features = []
+    bar = tqdm(total=len(images), desc="features", unit=" images", disable=None, dynamic_ncols=True, leave=False)
+    with autocast(run.device, run.precision), bar:
+        for batch in images.split(run.args.batch_size):
+            features.append(run.model.trunk(normalised(batch.flip(3) if flip else batch)).float())
+            bar.update(len(batch))
+    return torch.cat(features)
+
+
+def standardisation(features):
+    """(mean [d], scale [d]) of features [..., d]: one learning rate then suits any trunk, random or trained."""
+    flat = features.flatten(0, -2)
+    return flat.mean(0), flat.std(0).clamp(min=1e-5)
+
+
+def fold_standardisation(layer, mean, scale, target):
+    """Give `target` the weights by which it does on plain features what `layer` does on standardised ones."""
+    with torch.no_grad():
+        target.weight.copy_(layer.weight / scale)
+        target.bias.copy_(layer.bias - (layer.weight / scale) @ mean)
+
+
+def fit_softmax_layer(features, labels, train, validation, args, stop=None):
+    """Logistic regression by SGD, from zero; the weights of the epoch with the best validation accuracy.
+
+    features [V, N, d]: V views of all images, of which each epoch takes one per image; train and validation index N
+    (validation uses view 0). Returns (Linear, {"val_acc", "rows"}).
+    """
+    layer = torch.nn.Linear(features.shape[2], CLASSES).to(features.device)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    schedule = ReduceLROnPlateau(optimizer, patience=args.patience_for_lr_decay)
+    best, rows = {"val_acc": -1.0}, []
+    for epoch in tqdm(
+        range(1, args.epochs + 1), SOFTMAX, unit=" epochs", disable=None, dynamic_ncols=True, leave=False
+    ):
+        order, view = epoch_order(train, len(features), args.seed, epoch)
+        sums = torch.zeros(2, device=features.device)
+        for index, chosen in zip(order.split(args.batch_size), view.split(args.batch_size), strict=True):
+            logits = layer(features[chosen, index])
+            loss = F.cross_entropy(logits, labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sums += batch_sums(logits, labels[index], loss)
+        with torch.no_grad():
+            logits = layer(features[0, validation])
+            loss = F.cross_entropy(logits, labels[validation])
+            means = torch.stack([sums / len(train), batch_sums(logits, labels[validation], loss) / len(validation)])
+        rows.append(row_of("softmax", epoch, means.tolist(), optimizer, None))
+        stop_if_asked(stop, "the softmax stage begins anew")
+        schedule.step(rows[-1]["val_loss"])
+        if rows[-1]["val_acc"] > best["val_acc"]:
+            state = {name: value.clone() for name, value in layer.state_dict().items()}
+            best = {"val_acc": rows[-1]["val_acc"], "state": state}
+    layer.load_state_dict(best["state"])
+    return layer, {"val_acc": best["val_acc"], "rows": rows}
+
+
+def epoch_order(train, views, seed, epoch):
+    """(the training indices in this epoch's order, the view of each)."""
+    draw = generator("cpu", seed, ORDER, epoch)
+    order = torch.randperm(len(train), generator=draw)
+    view = torch.randint(views, (len(train),), generator=draw)
+    return train[order.to(train.device)], view.to(train.device)
+
+
+def batch_sums(logits, labels, loss):
+    """[sum of the losses, number of right answers] of a batch, on its device."""
+    return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+
+
+def row_of(stage, epoch, means, optimizer, images_per_second):
+    (train_loss, train_acc), (val_loss, val_acc) = means
+    return {
+        "stage": stage,
+        "epoch": epoch,
+        "train_loss": train_loss,
+        "val_loss": val_loss,
+        "train_acc": train_acc,
+        "val_acc": val_acc,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "images_per_second": images_per_second,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_whole_network(run, experiment, stop):
+    """Train every weight, starting from the softmax stage's classifier; keeps the best epoch's weights."""
+    args, model = run.args, run.model
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.full_lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+    schedule = ReduceLROnPlateau(optimizer, patience=args.patience_for_lr_decay)
+    best, first = {"val_acc": -1.0, "epoch": 0}, 1
+    if run.full_stage:
+        optimizer.load_state_dict(run.full_stage["optimizer"])
+        schedule.load_state_dict(run.full_stage["schedule"])
+        best, first = run.full_stage["best"], run.full_stage["epoch"] + 1
+    for epoch in range(first, args.epochs + 1):
+        started = time.monotonic()
+        train = train_epoch(run, experiment, optimizer, epoch, stop)
+        speed = round(len(run.train) / (time.monotonic() - started), 1)
+        validation = evaluate(run, run.images[run.validation], run.labels[run.validation])
+        run.rows.append(row_of("full", epoch, (train, validation), optimizer, speed))
+        schedule.step(validation[0])
+        if validation[1] > best["val_acc"]:
+            best = {"val_acc": validation[1], "epoch": epoch, "model": cpu_state(model)}
+        run.full_stage = {
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "best": best,
+            "epoch": epoch,
+        }
+        experiment.save_checkpoint(state_of(run))
+        experiment.write_rows(run.rows)
+        print(
+            f"{FULL}, epoch {epoch}/{args.epochs}: loss {train[0]:.4f}, accuracy {train[1]:.2%}, "
+            f"validation loss {validation[0]:.4f}, accuracy {validation[1]:.2%}, {speed} images/s",
+            flush=True,
+        )
+    model.load_state_dict(best["model"])
+    run.results[FULL] = (best["val_acc"], evaluate(run, run.test_images, run.test_labels)[1])
+    run.full_stage = None
+
+
+def train_epoch(run, experiment, optimizer, epoch, stop):
+    """One pass over the augmented training images: (mean loss, accuracy)."""
+    args, model = run.args, run.model
+    draws = uniform_draws(len(run.images), LABELLED_VIEW_DRAWS, args.seed, VIEWS, epoch, device=run.device)
+    order, _ = epoch_order(run.train, 1, args.seed, epoch)
+    sums = torch.zeros(2, device=run.device)
+    model.train()
+    bar = tqdm(
+        total=len(order), desc=f"{FULL}, epoch {epoch}", unit=" images", disable=None, dynamic_ncols=True, leave=False
+    )
+    with bar:
+        for index in order.split(args.batch_size):
+            view = labelled_view(run.images.index_select(0, index).float(), draws[index])
+            with autocast(run.device, run.precision):
+                logits = model(view)
+            loss = F.cross_entropy(logits.float(), run.labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sums += batch_sums(logits, run.labels[index], loss)
+            bar.update(len(index))
+            stop_if_asked(stop, f"epoch {epoch} of {FULL} begins anew")
+    loss, hits = (sums / len(order)).tolist()
+    if not loss < float("inf"):
+        raise UserError(
+            f"the loss is not finite in epoch {epoch} of {FULL}: lower --full-lr (the last checkpoint, "
+            f"{experiment.checkpoint}, is good)"
+        )
+    return loss, hits
+
+
+@torch.no_grad()
+def evaluate(run, images, labels):
+    """(mean loss, accuracy) of the network in eval mode on images as they are, uint8 [N, 3, S, S]."""
+    logits = run.model.softmax_layer(features_of(run, images))
+    return (batch_sums(logits, labels, F.cross_entropy(logits, labels)) / len(labels)).tolist()
+
+
+def stop_if_asked(stop, what):
+    """End the process on a signal: what is needed to go on has been written already."""
+    if stop and stop.number:
+        print(f"stopped; with the same command and --resume True, {what}")
+        sys.exit(128 + stop.number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint and report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cpu_state(model):
+    return {name: value.cpu().clone() for name, value in model.state_dict().items()}
+
+
+def state_of(run):
+    """What resume() needs, for torch.save."""
+    return {
+        "settings": settings_of(run.args),
+        "images": run.checksum,
+        "model": run.model.state_dict(),
+        "results": run.results,
+        "rows": run.rows,
+        "full_stage": run.full_stage,
+    }
+
+
+def resume(run, checkpoint, experiment):
+    """Put everything back to where the checkpoint was written."""
+    if checkpoint["images"] != run.checksum:
+        raise UserError(
+            f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
+        )
+    load_weights(run.model, checkpoint["model"], experiment.checkpoint)
+    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint["full_stage"]
+    experiment.write_rows(run.rows)
+    print(f"going on from {experiment.checkpoint}")
+
+
+def report(run, experiment):
+    """Write <experiment>.pt, print the table and append it to results.md."""
+    state = cpu_state(run.model)
+    with whole_file(experiment.model) as file:
+        torch.save(
+            {
+                "kind": "labelled weights",
+                "trunk": {name[6:]: value for name, value in state.items() if name.startswith("trunk.")},
+                "softmax_layer": {
+                    name[14:]: value for name, value in state.items() if name.startswith("softmax_layer.")
+                },
+                "settings": settings_of(run.args),
+                "results": run.results,
+                "pixel_mean": MEAN,
+                "pixel_std": STD,
+            },
+            file,
+        )
+    table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
+    for strategy, (validation, test) in run.results.items():
+        table += f"{strategy}, {run.trunk_name} | {validation:.2%} | {test:.2%}\n"
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    results = run.args.observations_dir / "results.md"
+    with open(results, "a") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    print(f"\n{table}\nwrote {experiment.model}, {experiment.observations} and {results}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -284,3 +284,9 @@ def normalised(images):
     *_, mean, std = colour_constants(images.device)
     view = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     return view.contiguous(memory_format=torch.channels_last)
+
+
+def pixels_of(views):
+    """The inverse of normalised(): float [N, 3, H, W] -> RGB in 0 … 1."""
+    *_, mean, std = colour_constants(views.device)
+    return views * std[:, None, None] + mean[:, None, None]

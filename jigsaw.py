@@ -1,8 +1,28 @@
-"""The pretext transform: a batch of images → nine shuffled patches of each (paper, section 3.2 and appendix A)."""
+"""The pretext transform: a batch of images → nine shuffled patches of each (paper, section 3.2 and appendix A).
+
+python jigsaw.py --data-dir stl10_data --out jigsaw.png    # a picture of what the network sees
+"""
+
+from pathlib import Path
 
 import torch
+from torchvision.utils import make_grid, save_image
 
-from dataset_helpers import COLOUR_DRAWS, CROP_DRAWS, crop_box, crop_coordinates, jitter, recolour, sample
+from dataset_helpers import (
+    COLOUR_DRAWS,
+    CROP_DRAWS,
+    STL10_SIDE,
+    crop_box,
+    crop_coordinates,
+    decode,
+    image_files,
+    jitter,
+    pixels_of,
+    recolour,
+    sample,
+    uniform_draws,
+)
+from run_helpers import VIEWS, Parser, UserError, number, run_script, whole_file
 
 GRID = 3
 CELLS = GRID * GRID
@@ -45,3 +65,45 @@ def jigsaw_view(images, draws):
     y, x = crop_coordinates(box, rows, columns, side)
     patches = sample(images, y[..., :, None], x[..., None, :])
     return recolour(patches, *jitter(colours.reshape(-1, COLOUR_DRAWS)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def picture(images, draws):
+    """A row per image: the image, its crop with the grid, the nine patches as presented. RGB in 0 … 1, [3, H, W]."""
+    side, zoom = images.shape[-1], 2
+    pixels = torch.arange(side)[None]
+    y, x = crop_coordinates(crop_box(draws[:, :CROP_DRAWS], side, CROP_AREA, CROP_ASPECT), pixels, pixels, side)
+    crops = sample(images, y[:, None, :, None], x[:, None, None, :]) / 255
+    cell, patch = patch_sizes(side)
+    for line in (cell, 2 * cell):
+        crops[:, :, line - 1 : line + 1] = crops[:, :, :, line - 1 : line + 1] = 1
+    patches = pixels_of(jigsaw_view(images, draws)).view(-1, CELLS, 3, patch, patch)
+    mosaics = torch.stack([make_grid(nine, GRID, padding=cell - patch + 1, pad_value=1) for nine in patches])
+    mosaics = torch.nn.functional.interpolate(mosaics, (side, side), mode="nearest-exact")
+    cells = torch.stack([images / 255, crops, mosaics], 1).flatten(0, 1)
+    return make_grid(cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), 6, padding=8, pad_value=1)
+
+
+def main():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("stl10_data"), help="what stl10_data_load.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("jigsaw.png"), help="the picture to write")
+    parser.add_argument("--images", type=number(int, 1, 100), default=6, help="how many, the first of unlabelled/")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the views")
+    args = parser.parse_args()
+    files = image_files(args.data_dir / "unlabelled")[: args.images]
+    if not files:
+        raise UserError(f"{args.data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
+    images, _ = decode(files, STL10_SIDE, torch.device("cpu"), "reading")
+    draws = uniform_draws(len(images), JIGSAW_DRAWS, args.seed, VIEWS, 1, device="cpu")
+    with whole_file(args.out) as file:
+        save_image(picture(images.float(), draws), file, format="png")
+    print(f"wrote {args.out}: each image, its crop with the grid, and the nine shuffled patches")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -53,7 +53,7 @@ from run_helpers import (
 )
 
 DEFAULT_NEGATIVES = 6400
-GRADIENT_NORM = 2.0
+GRADIENT_NORM = 20.0  # the usual norm is about 13 at the default temperature
 # Settings that leave the result alone, so that a resumed run may change them.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 
@@ -106,6 +106,8 @@ def main():
     run = start_run(args, device)
     if checkpoint is not None:
         resume(run, checkpoint, experiment)
+    elif args.resume:
+        print(f"there is no {experiment.checkpoint} yet: starting from the beginning")
     elif args.warm_start:
         warm_start(run, experiment)
     announce(run)
@@ -324,7 +326,7 @@ def validate(run):
 
 
 def start_run(args, device):
-    """Images, network, optimiser and an empty bank, at the run's first step."""
+    """The images, after checking what depends on their number, and a run at its first step."""
     images, train_count, checksum = load_unlabelled(
         args.data_dir, args.image_size, device, args.seed, args.only_train, args.val_images
     )
@@ -337,6 +339,11 @@ def start_run(args, device):
             f"--count-negatives {args.count_negatives} is more than the {train_count - 1} other training images: "
             "choose fewer, or leave it out to use them all"
         )
+    return make_run(args, device, images, train_count, checksum)
+
+
+def make_run(args, device, images, train_count, checksum):
+    """Network, optimiser and a bank of random vectors for images uint8 [N, 3, S, S] on `device`."""
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
     model = PIRL(args.model_type, args.non_linear_head).to(device, memory_format=torch.channels_last)
     if args.compile:

@@ -120,7 +120,7 @@ def add_run_arguments(parser, experiment):
         "--observations-dir", type=Path, default=Path("observations_dir"), help="for the CSV, one row per epoch"
     )
     parser.add_argument(
-        "--image-size", type=number(int, 32, 96), default=96, help="pixels; images are scaled to it once, when read"
+        "--image-size", type=number(int, 36, 96), default=96, help="pixels; images are scaled to it once, when read"
     )
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of every random number of the run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")

@@ -103,7 +103,7 @@ def data_dir(raw_dir, tmp_path_factory):
 def tiny(data_dir, tmp_path):
     """Flags that make a run take seconds."""
     return [
-        *("--data-dir", data_dir, "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--device", "cpu"),
+        *("--data-dir", data_dir, "--image-size", 36, "--batch-size", 16, "--epochs", 2, "--device", "cpu"),
         *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
     ]
 

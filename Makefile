@@ -1,0 +1,42 @@
+# Targets for people; `make` alone lists them.
+
+PYTHON ?= python3
+SEED ?= 0
+PY = .venv/bin/python
+
+DEMO = --data-dir demo/data --weights-dir demo/weights --observations-dir demo/observations_dir \
+       --image-size 48 --seed $(SEED)
+DEMO_LABELLED = $(PY) train_stl_after_ssl.py $(DEMO) --batch-size 64 --lr 0.1 --epochs 8 --full-fine-tune True
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 16
+
+.venv/runtime: requirements.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+.venv/development: requirements-dev.txt .venv/runtime
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	touch $@
+
+demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table, in the folder demo/ (SEED=0)
+	rm -rf demo
+	$(PY) stl10_data_load.py --synthetic --seed $(SEED) --raw-dir demo/raw --data-dir demo/data
+	$(PY) pirl_stl_train_test.py $(DEMO) --batch-size 32 --lr 0.03 --epochs 6 --only-train True --experiment-name pirl
+	$(DEMO_LABELLED) --experiment-name labelled_random
+	$(DEMO_LABELLED) --experiment-name labelled_pirl --pirl-model-name pirl
+	@echo; cat demo/observations_dir/results.md
+
+test: .venv/development  ## the test suite
+	$(PY) -m pytest -q
+
+lint: .venv/development  ## ruff's checks and its formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:  ## remove the demo's files and caches, nothing else
+	rm -rf demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: help demo test lint clean

@@ -1,0 +1,267 @@
+"""Bad input gets one line on standard error, status 1 (2 for usage), and nothing that was there is lost."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, start
+from PIL import Image
+
+SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
+
+
+@pytest.fixture
+def own_data(data_dir, tmp_path):
+    """A copy of the image folders that a test may damage."""
+    return shutil.copytree(data_dir, tmp_path / "own")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_usage_errors(call, script):
+    assert call(script, "--no-such-flag").is_one_line_error("--no-such-flag", status=2)
+    assert call(script, "--seed", "x").is_one_line_error("--seed", "--help", status=2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch-size", 0),
+        ("--epochs", "1.5"),
+        ("--lr", "-1"),
+        ("--lr", "nan"),
+        ("--temp-parameter", 0),
+        ("--beta", 1),
+        ("--loss-weight", 1.1),
+        ("--model-type", "res101"),
+        ("--only-train", "maybe"),
+        ("--experiment-name", "../x"),
+        ("--image-size", 20),
+        ("--cont-epoch", 3),
+        ("--pirl-model-name", "x"),
+        ("--warm-start", "True", "--epochs", 2, "--cont-epoch", 3),
+    ],
+)
+def test_values_out_of_range(call, tiny, flags):
+    assert call("pirl_stl_train_test", *tiny, *flags).is_one_line_error(status=2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_and_default(script):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "default" in done.stdout
+    assert "True|False" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("True", True), ("yes", True), ("1", True), ("FALSE", False), ("no", False), ("0", False)]
+)
+def test_booleans_mean_what_they_say(text, value):
+    import pirl_stl_train_test as pirl
+
+    assert pirl.parse_args(["--only-train", text]).only_train is value
+    assert pirl.parse_args(["--only-train", "--resume"]).only_train is True
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_data_that_is_not_there(call, tiny, tmp_path, script):
+    outcome = call(script, *tiny, "--data-dir", tmp_path / "nothing")
+    assert outcome.is_one_line_error("nothing", "stl10_data_load.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_empty_split(call, tiny, own_data, script):
+    for folder in ("unlabelled", "train"):
+        shutil.rmtree(own_data / folder)
+        (own_data / folder).mkdir()
+    assert call(script, *tiny, "--data-dir", own_data).is_one_line_error("holds no images")
+
+
+def spoil(kind, path):
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("no image")
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    elif kind == "small":
+        Image.new("RGB", (95, 96)).save(path)
+    elif kind == "jpeg":
+        Image.new("RGB", (96, 96)).save(path, "JPEG")
+    elif kind == "bomb":
+        content = bytearray(path.read_bytes())
+        content[16:24] = (60000).to_bytes(4, "big") * 2  # width and height
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "small", "jpeg", "bomb"])
+@pytest.mark.parametrize(("script", "image"), [(SCRIPTS[1], "unlabelled/3.png"), (SCRIPTS[2], "train/4/3.png")])
+def test_bad_images_are_named(call, tiny, own_data, script, image, kind):
+    spoil(kind, own_data / image)
+    assert call(
+        script, *tiny, "--data-dir", own_data, "--only-train" if script == SCRIPTS[1] else "--full-fine-tune"
+    ).is_one_line_error(own_data / image)
+
+
+def test_strange_names(call, tiny, own_data):
+    (own_data / "unlabelled/cat.png").write_bytes(b"")
+    assert call("pirl_stl_train_test", *tiny, "--data-dir", own_data).is_one_line_error("cat.png")
+    (own_data / "train/11").mkdir()
+    assert call("train_stl_after_ssl", *tiny, "--data-dir", own_data).is_one_line_error("train/11")
+
+
+def test_more_negatives_than_images_and_too_large_a_batch(call, tiny):
+    assert call("pirl_stl_train_test", *tiny, "--count-negatives", 70).is_one_line_error("70", "69")
+    assert call("pirl_stl_train_test", *tiny, "--batch-size", 71).is_one_line_error("71", "70")
+    assert call("train_stl_after_ssl", *tiny, "--batch-size", 61).is_one_line_error("61", "50")
+
+
+def test_cuda_that_is_not_there(call, tiny):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert call("pirl_stl_train_test", *tiny, "--device", "cuda").is_one_line_error("--device cpu")
+
+
+def bad_files(folder):
+    """Files that are no weights of ours, by name."""
+    torch.save({"kind": "PIRL weights", "trunk": {"conv1.weight": torch.zeros(1)}}, folder / "other.pt")
+    torch.save({"kind": "something else"}, folder / "foreign.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"kind": "PIRL weights", "trunk": Evil()}, folder / "code.pt")
+    whole = (folder / "other.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("no checkpoint")
+    return ["other", "foreign", "list", "code", "cut", "empty", "text"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo evil",)
+
+
+def test_weights_that_cannot_be_used(call, tiny, tmp_path):
+    (tmp_path / "weights").mkdir()
+    for name in bad_files(tmp_path / "weights"):
+        outcome = call("train_stl_after_ssl", *tiny, "--pirl-model-name", name)
+        assert outcome.is_one_line_error(f"{name}.pt")
+        outcome = call("pirl_stl_train_test", *tiny, "--warm-start", "--pirl-model-name", f"{name}.pt")
+        assert outcome.is_one_line_error(f"{name}.pt")
+    assert call("train_stl_after_ssl", *tiny, "--pirl-model-name", "nowhere").is_one_line_error("nowhere")
+
+
+def test_weights_of_another_architecture(call, tiny):
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    outcome = call("train_stl_after_ssl", *tiny, "--model-type", "res34", "--pirl-model-name", "exp")
+    assert outcome.is_one_line_error("exp.pt", "--model-type")
+    warm = ("--warm-start", "--pirl-model-name", "exp", "--experiment-name", "new")
+    assert call("pirl_stl_train_test", *tiny, *warm, "--non-linear-head").is_one_line_error("exp.pt")
+
+
+def test_damaged_checkpoints(call, tiny, tmp_path):
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    checkpoint = tmp_path / "weights/exp.ckpt"
+    content = checkpoint.read_bytes()
+    for bad in (content[:1000], b"", b"PK\3\4" + b"x" * 99):
+        checkpoint.write_bytes(bad)
+        outcome = call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp", "--resume")
+        assert outcome.is_one_line_error("exp.ckpt")
+        assert checkpoint.read_bytes() == bad
+    outcome = call("train_stl_after_ssl", *tiny, "--experiment-name", "exp", "--resume")
+    assert outcome.is_one_line_error("exp.ckpt")
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_a_taken_name(call, tiny, tmp_path, script):
+    assert call(script, *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("exp*")}
+    outcome = call(script, *tiny, "--epochs", 1, "--experiment-name", "exp")
+    assert outcome.is_one_line_error("exp", "--resume", "--experiment-name")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("exp*")} == before
+
+
+@pytest.mark.parametrize("loss", ["modified-nce", "nce"])
+def test_a_loss_that_is_not_finite(call, tiny, tmp_path, monkeypatch, loss):
+    import pirl_stl_train_test as pirl
+
+    step = pirl.training_step
+
+    def poisoned(run, index, draws):
+        if (run.epoch, run.step) == (2, 3):
+            run.model.head_f[0].weight.data.fill_(float("nan"))
+        return step(run, index, draws)
+
+    monkeypatch.setattr(pirl, "training_step", poisoned)
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", "--loss", loss)
+    assert outcome.is_one_line_error("epoch 2, step 4", "--lr", "exp.ckpt")
+    monkeypatch.setattr(pirl, "training_step", step)
+    assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["epoch"] == 2
+    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", "--loss", loss, "--resume").status == 0
+
+
+def test_too_high_a_learning_rate_ends_in_one_line_or_in_numbers(call, tiny):
+    outcome = call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--full-lr", 100)
+    assert outcome.status == 0 or outcome.is_one_line_error("--full-lr")
+
+
+def test_a_folder_that_cannot_be_made(call, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = call("pirl_stl_train_test", *tiny, "--weights-dir", tmp_path / "file/weights")
+    assert outcome.is_one_line_error("file/weights")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, tmp_path):
+    """RLIMIT_FSIZE stands in for the disk: the second run's checkpoints do not fit."""
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    before = (tmp_path / "weights/exp.ckpt").read_bytes()
+    longer = (*tiny, "--epochs", 2, "--tmax-for-cos-decay", 1, "--experiment-name", "exp", "--resume")
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, 50_000_000))
+
+    process = start("pirl_stl_train_test", *longer, preexec_fn=small_disk)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
+    assert not list((tmp_path / "weights").glob("*.part"))
+    assert call("pirl_stl_train_test", *longer).status == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals(call, tiny, tmp_path, number, status):
+    process = start("pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp")
+    wait_for(tmp_path / "weights/exp.ckpt", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "--resume True" in out
+    assert err == ""
+    assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["epoch"] >= 2
+
+
+def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
+    process = start("pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp")
+    wait_for(tmp_path / "weights/exp.ckpt", process)
+    for flags in ((), ("--resume",)):
+        outcome = call("pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp", *flags)
+        assert outcome.is_one_line_error("another process", "--experiment-name")
+    process.kill()
+    process.wait()
+    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").is_one_line_error("--resume")
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,148 @@
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_stl_after_ssl as labelled
+from dataset_helpers import normalised
+from models import Classifier, make_trunk
+from run_helpers import StopSignal
+
+HEADER = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy"
+
+
+def rows(tmp_path, name):
+    with open(tmp_path / f"observations/{name}_observations.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def weights(tmp_path, name):
+    return torch.load(tmp_path / f"weights/{name}.pt", weights_only=True)
+
+
+def test_softmax_on_cached_features_equals_training_through_the_frozen_trunk():
+    """The same batches through the trunk at every step, with a plain linear layer, loop and optimiser."""
+    torch.manual_seed(0)
+    trunk, d = make_trunk("res18")
+    trunk.eval()
+    images, labels = torch.randint(0, 256, (40, 3, 48, 48), dtype=torch.uint8), torch.arange(40) % 10
+    train, validation = torch.arange(30), torch.arange(30, 40)
+    args = SimpleNamespace(lr=0.1, weight_decay=5e-4, patience_for_lr_decay=2, epochs=6, batch_size=8, seed=5)
+
+    views = [images, images.flip(3)]
+    with torch.no_grad():
+        features = torch.stack([trunk(normalised(view)) for view in views])
+    mean, scale = labelled.standardisation(features[:, train])
+    layer, fit = labelled.fit_softmax_layer((features - mean) / scale, labels, train, validation, args)
+
+    weight, bias = torch.zeros(10, d, requires_grad=True), torch.zeros(10, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2)
+    best, best_accuracy = None, -1
+
+    def logits_of(batch):
+        with torch.no_grad():
+            x = trunk(normalised(batch))
+        return ((x - mean) / scale) @ weight.T + bias
+
+    for epoch in range(1, 7):
+        order, view = labelled.epoch_order(train, 2, 5, epoch)
+        for start in range(0, 30, 8):
+            chosen = order[start : start + 8]
+            batch = torch.stack([views[v][i] for i, v in zip(chosen, view[start : start + 8], strict=True)])
+            loss = F.cross_entropy(logits_of(batch), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = logits_of(images[validation])
+            schedule.step(F.cross_entropy(logits, labels[validation]).item())
+            accuracy = (logits.argmax(1) == labels[validation]).float().mean().item()
+        if accuracy > best_accuracy:
+            best, best_accuracy = (weight.detach().clone(), bias.detach().clone()), accuracy
+    torch.testing.assert_close(layer.weight, best[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias, best[1], rtol=1e-3, atol=1e-4)
+    assert fit["val_acc"] == pytest.approx(best_accuracy)
+
+    model = Classifier(trunk, d, 10)
+    labelled.fold_standardisation(layer, mean, scale, model.softmax_layer)
+    with torch.no_grad():
+        expected = layer((features[0] - mean) / scale)
+        torch.testing.assert_close(model.eval()(normalised(images)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_trunk_is_frozen_in_the_softmax_stage_and_trained_in_the_full_one(call, tiny, tmp_path):
+    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "pirl").status == 0
+    arguments = ("train_stl_after_ssl", *tiny, "--pirl-model-name", "pirl")
+    outcome = call(*arguments, "--experiment-name", "soft")
+    assert outcome.status == 0, outcome.err
+    before, soft = weights(tmp_path, "pirl")["trunk"], weights(tmp_path, "soft")["trunk"]
+    assert all(torch.equal(before[name], soft[name]) for name in before), "weights and running statistics"
+    outcome = call(*arguments, "--experiment-name", "full", "--full-fine-tune", "True")
+    assert outcome.status == 0, outcome.err
+    full = weights(tmp_path, "full")
+    assert not torch.equal(before["conv1.weight"], full["trunk"]["conv1.weight"])
+    assert [(row["stage"], row["epoch"]) for row in rows(tmp_path, "full")] == [
+        *(("softmax", "1"), ("softmax", "2"), ("full", "1"), ("full", "2"))
+    ]
+    results = (tmp_path / "observations/results.md").read_text()
+    assert results.count(HEADER) == 2
+    assert "--full-fine-tune True" in results
+    for text in (outcome.out, results):
+        assert HEADER in text
+        assert "only the softmax layer, PIRL trunk" in text
+        assert "the whole network, PIRL trunk" in text
+    assert full["results"]["the whole network"][0] == max(float(r["val_acc"]) for r in rows(tmp_path, "full")[2:])
+
+
+def test_the_reported_accuracy_is_that_of_the_written_weights(call, tiny, tmp_path, data_dir):
+    outcome = call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--experiment-name", "base", "--epochs", 3)
+    assert outcome.status == 0, outcome.err
+    assert "the whole network, random trunk" in outcome.out
+    state = weights(tmp_path, "base")
+    trunk, d = make_trunk("res18")
+    model = Classifier(trunk, d, 10)
+    trunk.load_state_dict(state["trunk"])
+    model.softmax_layer.load_state_dict(state["softmax_layer"])
+    images, labels, _ = labelled.load_labelled(data_dir / "test", 36, torch.device("cpu"))
+    with torch.no_grad():
+        accuracy = (model.eval()(normalised(images)).argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(state["results"]["the whole network"][1], abs=1e-6)
+
+
+def test_resume_is_exact(call, tiny, tmp_path, monkeypatch):
+    flags = ("--full-fine-tune", "--epochs", 3)
+    assert call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "whole").status == 0
+    steps = []
+
+    class StopLater(StopSignal):
+        @property
+        def number(self):
+            steps.append(1)
+            return 2 if len(steps) == 12 else None
+
+        number = number.setter(lambda self, value: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled, "StopSignal", StopLater)
+        outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves")
+    assert outcome.status == 130
+    assert "begins anew" in outcome.out
+    outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves", "--resume")
+    assert outcome.status == 0, outcome.err
+    whole, halves = weights(tmp_path, "whole"), weights(tmp_path, "halves")
+    assert whole["results"] == halves["results"]
+    assert all(torch.equal(whole["trunk"][name], halves["trunk"][name]) for name in whole["trunk"])
+    assert rows(tmp_path, "whole") == rows(tmp_path, "halves")
+
+
+def test_validation_is_the_same_for_both_stages_and_the_baseline(call, tiny, monkeypatch):
+    seen = []
+    split = labelled.stratified_split
+    monkeypatch.setattr(labelled, "stratified_split", lambda *a: seen.append(split(*a)) or seen[-1])
+    for name in ("a", "b"):
+        assert call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--experiment-name", name).status == 0
+    assert len(seen) == 2, "one split per run, for both of its stages"
+    assert seen[0][1].equal(seen[1][1])

@@ -14,10 +14,10 @@ from dataset_helpers import (
     STL10_SIDE,
     crop_box,
     crop_coordinates,
-    decode,
     image_files,
     jitter,
     pixels_of,
+    read_image,
     recolour,
     sample,
     uniform_draws,
@@ -85,20 +85,22 @@ def picture(images, draws):
     mosaics = torch.stack([make_grid(nine, GRID, padding=cell - patch + 1, pad_value=1) for nine in patches])
     mosaics = torch.nn.functional.interpolate(mosaics, (side, side), mode="nearest-exact")
     cells = torch.stack([images / 255, crops, mosaics], 1).flatten(0, 1)
-    return make_grid(cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), 6, padding=8, pad_value=1)
+    return make_grid(
+        cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), 6 if len(images) > 1 else 3, padding=8, pad_value=1
+    )
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, default=Path("stl10_data"), help="what stl10_data_load.py wrote")
     parser.add_argument("--out", type=Path, default=Path("jigsaw.png"), help="the picture to write")
-    parser.add_argument("--images", type=number(int, 1, 100), default=6, help="how many, the first of unlabelled/")
+    parser.add_argument("--images", type=number(int, 1, 100), default=4, help="how many, the first of unlabelled/")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the views")
     args = parser.parse_args()
     files = image_files(args.data_dir / "unlabelled")[: args.images]
     if not files:
         raise UserError(f"{args.data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
-    images, _ = decode(files, STL10_SIDE, torch.device("cpu"), "reading")
+    images = torch.stack([torch.from_numpy(read_image(file, STL10_SIDE).copy()) for file in files])
     draws = uniform_draws(len(images), JIGSAW_DRAWS, args.seed, VIEWS, 1, device="cpu")
     with whole_file(args.out) as file:
         save_image(picture(images.float(), draws), file, format="png")

@@ -1,6 +1,7 @@
 """Small data of the tests' own, and ways to run the scripts."""
 
 import contextlib
+import gc
 import io
 import signal
 import subprocess
@@ -57,6 +58,7 @@ def call(monkeypatch):
                 err.write(status + "\n")
                 status = 1
         finally:
+            gc.collect()  # closes the run's files, as the end of a process does
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return Outcome(status, out.getvalue(), err.getvalue())

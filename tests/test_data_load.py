@@ -1,7 +1,9 @@
+import errno
 import hashlib
 import http.server
 import io
 import os
+import shutil
 import tarfile
 import threading
 import time
@@ -13,8 +15,9 @@ from conftest import COUNTS, write_raw
 from PIL import Image
 from torchvision.datasets import STL10
 
+import dataset_helpers
 import stl10_data_load
-from dataset_helpers import decode, image_files, load_labelled, read_image
+from dataset_helpers import image_files, load_images, load_labelled, read_image
 
 
 def pixels(path):
@@ -284,11 +287,59 @@ def test_other_modes_are_converted(tmp_path, mode):
 
 def test_smaller_images_are_scaled_with_antialiasing(data_dir):
     files = image_files(data_dir / "unlabelled")[:3]
-    full, _ = decode(files, 96, torch.device("cpu"), "")
-    half, _ = decode(files, 48, torch.device("cpu"), "")
+    full = torch.from_numpy(np.stack([read_image(file, 96) for file in files]))
+    half = torch.from_numpy(np.stack([read_image(file, 48) for file in files]))
     expected = torch.nn.functional.interpolate(full.float(), (48, 48), mode="bicubic", antialias=True)
     assert half.shape == (3, 3, 48, 48)
     assert (half - expected.clamp(0, 255)).abs().mean() < 1
+
+
+def load(folder, rows, side=96):
+    return load_images(image_files(folder), folder, rows, side, torch.device("cpu"))
+
+
+def test_the_decoded_copy_is_used_only_while_it_matches(data_dir, tmp_path, monkeypatch):
+    folder = shutil.copytree(data_dir / "unlabelled", tmp_path / "unlabelled")
+    rows = [5, 99, 0, 7]
+    first, checksum = load(folder, rows)
+    assert (first == torch.stack([torch.from_numpy(read_image(folder / f"{r}.png", 96)) for r in rows])).all()
+    (copy,) = tmp_path.glob(".unlabelled.96.*.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_helpers, "read_image", None)  # nothing is decoded a second time
+        again, same = load(folder, rows)
+    assert again.equal(first)
+    assert same == checksum
+    times = (folder / "99.png").stat()
+    Image.new("RGB", (96, 96), (1, 2, 3)).save(folder / "99.png")
+    os.utime(folder / "99.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed, other = load(folder, rows)
+    assert changed[1, :, 0, 0].tolist() == [1, 2, 3]
+    assert other != checksum
+    assert not copy.exists(), "there is one copy, the present one"
+    (copy,) = tmp_path.glob(".unlabelled.96.*.npy")
+    copy.unlink()  # at any time
+    assert load(folder, rows)[0].equal(changed)
+
+
+def test_no_room_for_a_decoded_copy(data_dir, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(data_dir / "unlabelled", tmp_path / "unlabelled")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset_helpers, "whole_file", full)
+    images, _ = load(folder, [3, 1], side=48)
+    assert (images[1] == torch.from_numpy(read_image(folder / "1.png", 48))).all()
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_many_blocks_come_in_order(data_dir, monkeypatch):
+    monkeypatch.setattr(dataset_helpers, "BLOCK", 16)
+    monkeypatch.setattr(dataset_helpers, "TASK", 3)
+    files = image_files(data_dir / "unlabelled")
+    for count in (1, 15, 16, 17, 100):
+        blocks = np.concatenate(list(dataset_helpers.decoded_blocks(files[:count], 96, "")))
+        assert (blocks == np.stack([read_image(file, 96) for file in files[:count]])).all()
 
 
 def test_synthetic_set(call, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from run_helpers import SPLIT, UserError, full_disk, generator, whole_file
 
 STL10_SIDE = 96  # pixels
+IMAGE_BYTES = 3 * STL10_SIDE**2
 MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
 STD = (0.2603, 0.2566, 0.2713)
 BLOCK, TASK = 2048, 64  # images decoded at a time (57 MB at 96 pixels), and by one call of a thread

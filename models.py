@@ -6,6 +6,8 @@ import torch
 import torchvision
 from torch import nn
 
+from dataset_helpers import normalised
+
 TRUNKS = {
     "res18": torchvision.models.resnet18,
     "res34": torchvision.models.resnet34,
@@ -81,6 +83,22 @@ def batch_statistics(trunk):
             norm.training, norm.track_running_stats = training, True
 
 
+@torch.no_grad()
+def estimate_statistics(trunk, images, batch_size):
+    """Set batch norm's running statistics to those of images uint8 [N, 3, S, S] as they are: the mean over batches."""
+    norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momentum, training = norms[0].momentum, trunk.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    trunk.train()
+    for batch in images.chunk(max(1, len(images) // batch_size)):
+        trunk(normalised(batch))
+    trunk.train(training)
+    for norm in norms:
+        norm.momentum = momentum
+
+
 class Classifier(nn.Module):
     """The trunk with one linear (softmax) layer on top."""
 
@@ -91,9 +109,3 @@ class Classifier(nn.Module):
 
     def forward(self, images):  # [B, 3, S, S] -> logits [B, classes]
         return self.softmax_layer(self.trunk(images))
-
-
-@torch.no_grad()
-def trunk_features(trunk, batches):
-    """The trunk's features of an iterable of image batches [B, 3, S, S], in its present mode: float32 [N, d]."""
-    return torch.cat([trunk(images).float() for images in batches])

@@ -25,7 +25,7 @@ from dataset_helpers import (
 )
 from jigsaw import JIGSAW_DRAWS, jigsaw_view
 from memory_bank import MemoryBank
-from models import PIRL, VECTOR_SIZE, batch_statistics
+from models import PIRL, VECTOR_SIZE, batch_statistics, estimate_statistics
 from run_helpers import (
     BANK,
     INITIAL_WEIGHTS,
@@ -53,6 +53,7 @@ from run_helpers import (
 )
 
 DEFAULT_NEGATIVES = 6400
+STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
 GRADIENT_NORM = 20.0  # the usual norm is about 13 at the default temperature
 # Settings that leave the result alone, so that a resumed run may change them.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     parser.add_switch("--warm-start", False, "start from the weights of this experiment, or of --pirl-model-name")
     add("--pirl-model-name", help="with --warm-start: a path, or a name under the weights folder")
     add("--cont-epoch", type=number(int, 1), default=1, help="with --warm-start: the epoch to go on with")
-    parser.add_switch("--compile", False, "torch.compile the trunk")
+    parser.add_switch("--compile", False, "torch.compile the trunk for full training batches")
     add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="within an epoch; one is always at its end")
     args = parser.parse_args(argv)
     args.tmax_for_cos_decay = args.tmax_for_cos_decay or args.epochs
@@ -206,7 +207,9 @@ def forward(run, index, draws, step_key):
     images = run.images.index_select(0, index).float()
     image_draws, jigsaw_draws = draws.index_select(0, index).split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
     view, patches = image_view(images, image_draws), jigsaw_view(images, jigsaw_draws)
-    with autocast(run.device, run.precision):
+    # Compiled code serves the training steps of full size; the few others would each need a compilation of their own.
+    full = run.model.training and len(index) == run.args.batch_size
+    with torch.compiler.set_stance("default" if full else "force_eager"), autocast(run.device, run.precision):
         image_vectors, patch_vectors = run.model(view, patches)
     draw = generator(run.device, run.args.seed, NEGATIVES, *step_key)
     negatives, hidden = run.bank.draw_negatives(index, run.negatives, draw)
@@ -386,7 +389,8 @@ def start_bank(run):
         return
     vectors = []
     run.model.eval()
-    with batch_statistics(run.model.trunk), autocast(run.device, run.precision):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, batch_statistics(run.model.trunk), autocast(run.device, run.precision):
         for batch in tqdm(
             run.images.split(run.args.batch_size),
             "filling the memory bank",
@@ -473,7 +477,13 @@ def finish_epoch(run, experiment, train, validation):
 
 
 def export(run, experiment):
-    """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
+    """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about.
+
+    The batch-norm statistics that it is used with are those of whole images as they are, not of augmented ones.
+    """
+    images = run.images[: min(run.train_count, STATISTICS_IMAGES)]
+    with torch.compiler.set_stance("force_eager"), autocast(run.device, run.precision):
+        estimate_statistics(run.model.trunk, images, run.args.batch_size)
     with whole_file(experiment.model) as file:
         torch.save(
             {

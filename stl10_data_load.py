@@ -24,10 +24,9 @@ from torchvision.datasets import STL10
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from dataset_helpers import STL10_SIDE, progress_bar, read_image
+from dataset_helpers import IMAGE_BYTES, STL10_SIDE, progress_bar, read_image
 from run_helpers import Parser, Ticker, UserError, full_disk, number, run_script, whole_file
 
-IMAGE_BYTES = 3 * STL10_SIDE**2
 MD5 = dict(STL10.train_list + STL10.test_list)
 SPLITS = {  # ours -> raw images, raw labels
     "train": ("train_X.bin", "train_y.bin"),

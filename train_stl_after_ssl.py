@@ -29,7 +29,7 @@ from dataset_helpers import (
     stratified_split,
     uniform_draws,
 )
-from models import Classifier, make_trunk
+from models import Classifier, estimate_statistics, make_trunk
 from run_helpers import (
     INITIAL_WEIGHTS,
     ORDER,
@@ -139,10 +139,15 @@ def start_run(args, device):
         raise UserError(
             f"--batch-size {args.batch_size} is more than the {len(train)} training images: choose a smaller one"
         )
+    model = Classifier(trunk, dimension, CLASSES).to(device, memory_format=torch.channels_last)
+    precision = choose_precision(args, device)
+    if not pretrained:  # a pretrained trunk comes with the statistics of whole images; give the random one the same
+        with autocast(device, precision):
+            estimate_statistics(trunk, images[train], args.batch_size)
     return Run(
         args=args,
         device=device,
-        precision=choose_precision(args, device),
+        precision=precision,
         images=images,
         labels=labels,
         test_images=test_images,
@@ -151,7 +156,7 @@ def start_run(args, device):
         train=train,
         validation=validation,
         trunk_name=f"PIRL trunk ({path})" if path else "random trunk",
-        model=Classifier(trunk, dimension, CLASSES).to(device, memory_format=torch.channels_last),
+        model=model,
     )
 
 

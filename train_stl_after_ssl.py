@@ -67,6 +67,7 @@ def parse_args(argv=None):
     parser.add_switch("--full-fine-tune", False, "train the whole network after the softmax layer")
     add("--batch-size", type=number(int, 1), default=128, help="images per step")
     add("--epochs", type=number(int, 1), default=100, help="of each stage")
+    add("--full-epochs", type=number(int, 1), help="of the full stage, if not as many (default: --epochs)")
     add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of SGD (momentum 0.9), softmax stage")
     add("--full-lr", type=number(float, 0, 100), default=0.01, help="the same for the full stage")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of all weights that are trained")
@@ -76,7 +77,9 @@ def parse_args(argv=None):
         default=10,
         help="epochs without a better validation loss until the learning rate falls to a tenth",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.full_epochs = args.full_epochs or args.epochs
+    return args
 
 
 def main():
@@ -167,7 +170,7 @@ def announce(run):
         f"seed {args.seed}\n"
         f"  {len(run.train)} training, {len(run.validation)} validation and {len(run.test_images)} test images of "
         f"{args.image_size} × {args.image_size} pixels, {args.epochs} epochs of {steps_per_epoch(run)} steps for "
-        f"{SOFTMAX}{', then as many for ' + FULL if args.full_fine_tune else ''}",
+        f"{SOFTMAX}{f', then {args.full_epochs} for {FULL}' if args.full_fine_tune else ''}",
         flush=True,
     )
 
@@ -301,7 +304,7 @@ def train_whole_network(run, experiment, stop):
         optimizer.load_state_dict(run.full_stage["optimizer"])
         schedule.load_state_dict(run.full_stage["schedule"])
         best, first = run.full_stage["best"], run.full_stage["epoch"] + 1
-    for epoch in range(first, args.epochs + 1):
+    for epoch in range(first, args.full_epochs + 1):
         started = time.monotonic()
         train = train_epoch(run, experiment, optimizer, epoch, stop)
         speed = round(len(run.train) / (time.monotonic() - started), 1)
@@ -319,7 +322,7 @@ def train_whole_network(run, experiment, stop):
         experiment.save_checkpoint(state_of(run))
         experiment.write_rows(run.rows)
         print(
-            f"{FULL}, epoch {epoch}/{args.epochs}: loss {train[0]:.4f}, accuracy {train[1]:.2%}, "
+            f"{FULL}, epoch {epoch}/{args.full_epochs}: loss {train[0]:.4f}, accuracy {train[1]:.2%}, "
             f"validation loss {validation[0]:.4f}, accuracy {validation[1]:.2%}, {speed} images/s",
             flush=True,
         )

@@ -107,10 +107,11 @@ def main():
     run = start_run(args, device)
     if checkpoint is not None:
         resume(run, checkpoint, experiment)
-    elif args.resume:
-        print(f"there is no {experiment.checkpoint} yet: starting from the beginning")
-    elif args.warm_start:
-        warm_start(run, experiment)
+    else:
+        if args.resume:
+            print(f"there is no {experiment.checkpoint} yet: starting from the beginning")
+        if args.warm_start:
+            warm_start(run, experiment)
     announce(run)
     if checkpoint is None:
         start_bank(run)

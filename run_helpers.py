@@ -27,6 +27,9 @@ def run_script(main):
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("error: interrupted before there was anything to keep: run the same command again", file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: choose a smaller --batch-size, or free the card")
     except (OSError, RuntimeError) as error:
@@ -63,13 +66,19 @@ def full_disk(error):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each flag's help, unless the text tells it already."""
+
+    def _get_help_string(self, action):
+        told = "default:" in action.help or action.default is None
+        return action.help if told else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one line (status 2) for a usage error."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"error: {message}: see {self.prog} --help\n")
@@ -146,8 +155,7 @@ def choose_device(args):
         raise UserError("--device cuda, but torch sees no CUDA GPU: use --device cpu, or check the driver")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32; convolutions have it by default
         torch.backends.cudnn.benchmark = True
     return device
 

@@ -194,6 +194,7 @@ def train_softmax_layer(run, stop):
     fold_standardisation(layer, mean, scale, run.model.softmax_layer)
     test_accuracy = evaluate(run, run.test_images, run.test_labels)[1]
     run.results[SOFTMAX] = (fit["val_acc"], test_accuracy)
+    print(f"{SOFTMAX}: accuracy {fit['val_acc']:.2%} on validation in the best of {run.args.epochs} epochs", flush=True)
 
 
 @torch.no_grad()

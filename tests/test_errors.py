@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT, start
 from PIL import Image
 
+from run_helpers import run_script
+
 SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
 
 
@@ -246,6 +248,16 @@ def test_signals(call, tiny, tmp_path, number, status):
     assert "--resume True" in out
     assert err == ""
     assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["epoch"] >= 2
+
+
+def test_interrupted_before_training(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.startswith("error: interrupted")
 
 
 def test_one_name_is_run_by_one_process(call, tiny, tmp_path):

@@ -98,8 +98,10 @@ def test_the_trunk_is_frozen_in_the_softmax_stage_and_trained_in_the_full_one(ca
 
 
 def test_the_reported_accuracy_is_that_of_the_written_weights(call, tiny, tmp_path, data_dir):
-    outcome = call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--experiment-name", "base", "--epochs", 3)
+    flags = ("--full-fine-tune", "--experiment-name", "base", "--epochs", 4, "--full-epochs", 3)
+    outcome = call("train_stl_after_ssl", *tiny, *flags)
     assert outcome.status == 0, outcome.err
+    assert [row["stage"] for row in rows(tmp_path, "base")] == ["softmax"] * 4 + ["full"] * 3
     assert "the whole network, random trunk" in outcome.out
     state = weights(tmp_path, "base")
     trunk, d = make_trunk("res18")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from run_helpers import SPLIT, UserError, full_disk, generator, whole_file
+from run_helpers import SPLIT, UserError, generator, storage_error, whole_file
 
 STL10_SIDE = 96  # pixels
 IMAGE_BYTES = 3 * STL10_SIDE**2
@@ -108,26 +108,28 @@ def decoded_copy(files, folder, side):
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
+        digest.update(
+            f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode()
+        )
     path = folder.with_name(f".{folder.name}.{side}.{digest.hexdigest()[:32]}.npy")
     shape = (len(files), 3, side, side)
     try:
         with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
             if not path.exists():
-                for stale in folder.parent.glob(f".{folder.name}.{side}.*.npy"):
+                for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
                     stale.unlink()
                 with whole_file(path) as out:
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(out, header)
                     for block in decoded_blocks(files, side, f"decoding {folder.name}"):
                         out.write(block)
+            return np.load(path, mmap_mode="r")
     except OSError as error:
-        if full_disk(error) is None:
+        if storage_error(error) is None:
             raise
         print(f"no decoded copy of {folder} is kept ({error.strerror}): it will be decoded at every start")
         return None
-    return np.load(path, mmap_mode="r")
 
 
 def load_images(files, folder, rows, side, device):

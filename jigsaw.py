@@ -10,6 +10,7 @@ from torchvision.utils import make_grid, save_image
 
 from dataset_helpers import (
     COLOUR_DRAWS,
+    CROP_ASPECT,
     CROP_DRAWS,
     STL10_SIDE,
     crop_box,
@@ -26,8 +27,7 @@ from run_helpers import VIEWS, Parser, UserError, number, run_script, whole_file
 
 GRID = 3
 CELLS = GRID * GRID
-CROP_AREA = (0.6, 1.0)  # of the image's area
-CROP_ASPECT = (3 / 4, 4 / 3)
+PRETEXT_CROP_AREA = (0.6, 1.0)  # of the image's area
 JIGSAW_DRAWS = CROP_DRAWS + CELLS * (2 + COLOUR_DRAWS + 1)
 
 
@@ -61,7 +61,7 @@ def jigsaw_view(images, draws):
     side = images.shape[-1]
     crop, offsets, colours, order = draws.split([CROP_DRAWS, CELLS * 2, CELLS * COLOUR_DRAWS, CELLS], 1)
     _, rows, columns = patch_places(offsets.unflatten(1, (CELLS, 2)), order, side)
-    box = [edge[..., None] for edge in crop_box(crop, side, CROP_AREA, CROP_ASPECT)]
+    box = [edge[..., None] for edge in crop_box(crop, side, PRETEXT_CROP_AREA, CROP_ASPECT)]
     y, x = crop_coordinates(box, rows, columns, side)
     patches = sample(images, y[..., :, None], x[..., None, :])
     return recolour(patches, *jitter(colours.reshape(-1, COLOUR_DRAWS)))
@@ -76,7 +76,7 @@ def picture(images, draws):
     """A row per image: the image, its crop with the grid, the nine patches as presented. RGB in 0 … 1, [3, H, W]."""
     side, zoom = images.shape[-1], 2
     pixels = torch.arange(side)[None]
-    y, x = crop_coordinates(crop_box(draws[:, :CROP_DRAWS], side, CROP_AREA, CROP_ASPECT), pixels, pixels, side)
+    y, x = crop_coordinates(crop_box(draws[:, :CROP_DRAWS], side, PRETEXT_CROP_AREA, CROP_ASPECT), pixels, pixels, side)
     crops = sample(images, y[:, None, :, None], x[:, None, None, :]) / 255
     cell, patch = patch_sizes(side)
     for line in (cell, 2 * cell):

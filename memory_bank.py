@@ -8,7 +8,7 @@ class MemoryBank:
     """One unit vector m_i per image, float32 on the training device.
 
     The rows of the training images come first; only they are ever negatives. The rows of validation images behind
-    them are kept by the same rule, so that the validation loss is the training loss on other images.
+    them are kept by the same rule, so that the validation loss is made as the training loss is.
     """
 
     def __init__(self, vectors, train_count, beta):

@@ -41,10 +41,12 @@ from run_helpers import (
     autocast,
     choose_device,
     choose_precision,
+    cpu_state,
     derived_seed,
     find_weights,
     generator,
     load_weights,
+    note_incomplete,
     number,
     read_torch_file,
     run_script,
@@ -55,7 +57,7 @@ from run_helpers import (
 DEFAULT_NEGATIVES = 6400
 STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
 GRADIENT_NORM = 20.0  # the usual norm is about 13 at the default temperature
-# Settings that leave the result alone, so that a resumed run may change them.
+# What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 
 
@@ -102,7 +104,7 @@ def main():
     device = choose_device(args)
     experiment = Experiment(args, "PIRL checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
-    if not args.resume and not (args.warm_start and not args.pirl_model_name):
+    if checkpoint is None and not (args.warm_start and not args.pirl_model_name):
         experiment.refuse_taken_name()
     run = start_run(args, device)
     if checkpoint is not None:
@@ -283,23 +285,25 @@ def train_epoch(run, experiment, stop):
 
 
 def view_draws(run, epoch):
-    """The random numbers of every image's two views in this epoch, float32 [N, 96]; epoch 0 is validation's."""
+    """The random numbers of every image's two views in this epoch, float32 [N, 96]."""
     columns = IMAGE_VIEW_DRAWS + JIGSAW_DRAWS
     return uniform_draws(len(run.images), columns, run.args.seed, VIEWS, epoch, device=run.device)
 
 
 def means_so_far(run, experiment):
-    """(loss, share of hits) of the epoch so far. Waits for the device; ends the run if a loss is not finite."""
+    """(loss, share of hits) of the epoch so far. Waits for the device; ends the run if a number is not finite."""
     done = run.statistics[: run.step].cpu()
-    bad = (~done.isfinite()).any(1).nonzero()
-    if len(bad):
+    bad = (~done.isfinite()).any(1).nonzero().flatten().tolist()
+    if not torch.stack([value.isfinite().all() for value in run.model.state_dict().values()]).all():
+        bad.append(run.step - 1)
+    if bad:
         kept = (
             f"the last checkpoint, {experiment.checkpoint}, is good"
             if experiment.checkpoint.exists()
             else "no checkpoint yet"
         )
         raise UserError(
-            f"the loss is not finite in epoch {run.epoch}, step {int(bad[0]) + 1}: lower --lr, raise --temp-parameter "
+            f"the loss is not finite in epoch {run.epoch}, step {bad[0] + 1}: lower --lr, raise --temp-parameter "
             f"or --warmup-epochs, or use --precision fp32 ({kept})"
         )
     images = min(run.step * run.args.batch_size, run.train_count)
@@ -308,17 +312,16 @@ def means_so_far(run, experiment):
 
 @torch.no_grad()
 def validate(run):
-    """(loss, share of hits) of the validation images, None without any: running statistics for whole images, the same
-    views and negatives in every epoch."""
+    """(loss, share of hits) of the validation images, None without any; running statistics for whole images."""
     count = len(run.images) - run.train_count
     if not count:
         return None, None
     index = torch.arange(run.train_count, len(run.images), device=run.device)
-    draws = view_draws(run, 0)
+    draws = view_draws(run, run.epoch)
     sums = torch.zeros(2, device=run.device)
     run.model.eval()
     for step, batch in enumerate(index.split(run.args.batch_size)):
-        image_vectors, losses, hits = forward(run, batch, draws, (0, step))
+        image_vectors, losses, hits = forward(run, batch, draws, (run.epoch, run.steps + step))
         run.bank.update(batch, image_vectors)
         sums += torch.stack([losses.sum(), hits.sum()])
     return (sums.cpu().double() / count).tolist()
@@ -331,6 +334,7 @@ def validate(run):
 
 def start_run(args, device):
     """The images, after checking what depends on their number, and a run at its first step."""
+    note_incomplete(args.data_dir)
     images, train_count, checksum = load_unlabelled(
         args.data_dir, args.image_size, device, args.seed, args.only_train, args.val_images
     )
@@ -378,7 +382,8 @@ def announce(run):
         f"  {run.train_count} training images of {args.image_size} × {args.image_size} pixels, "
         f"{len(run.images) - run.train_count} for validation, {run.steps} steps of {args.batch_size} per epoch\n"
         f"  {run.negatives} negatives{' (all other training images; there are no 6400)' if fewer else ''}, "
-        f"loss {args.loss} with positives of the {args.positive}, epochs {run.epoch} to {args.epochs}",
+        f"loss {args.loss} with positives of the {args.positive}, "
+        + (f"epochs {run.epoch} to {args.epochs}" if run.epoch <= args.epochs else "all epochs done"),
         flush=True,
     )
 
@@ -489,7 +494,7 @@ def export(run, experiment):
         torch.save(
             {
                 "kind": "PIRL weights",
-                **{name: module.state_dict() for name, module in parts(run.model).items()},
+                **{name: cpu_state(module) for name, module in parts(run.model).items()},
                 "settings": settings_of(run.args),
                 "pixel_mean": MEAN,
                 "pixel_std": STD,

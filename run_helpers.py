@@ -28,24 +28,24 @@ def run_script(main):
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("error: interrupted before there was anything to keep: run the same command again", file=sys.stderr)
+        print("error: interrupted: the same command does the rest", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: choose a smaller --batch-size, or free the card")
     except (OSError, RuntimeError) as error:
-        reason = full_disk(error)
+        reason = storage_error(error)
         if reason is None:
             raise
         sys.exit(f"error: {reason}")
 
 
-def full_disk(error):
+def storage_error(error):
     """The line to show for an error of the storage, or None for any other error."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__  # torch.save reports a failed write as a RuntimeError
     advice = {
-        errno.ENOSPC: "make room on that disk; what was written before is intact, and the same command goes on",
-        errno.EDQUOT: "your quota is used up; make room, and the same command goes on",
+        errno.ENOSPC: "make room on that disk; what was written before is intact, and --resume True goes on from there",
+        errno.EDQUOT: "your quota is used up; make room, and go on with --resume True",
         errno.EFBIG: "files may not grow that large here (see ulimit -f)",
         errno.EROFS: "choose a folder that can be written",
         errno.EACCES: "choose a folder that you may write to and files that you may read",
@@ -139,6 +139,12 @@ def add_run_arguments(parser, experiment):
     parser.add_switch("--resume", False, help="go on from <experiment>.ckpt")
 
 
+def note_incomplete(data_dir):
+    """Say so if the loader has not finished its work in this folder: a part of STL-10 trains without complaint."""
+    if not (data_dir / ".complete.json").exists():
+        print(f"note: stl10_data_load.py has not completed {data_dir}; using the images that are there")
+
+
 def settings_of(args):
     """The arguments as a dict of plain values, which a checkpoint may hold."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -155,14 +161,16 @@ def choose_device(args):
         raise UserError("--device cuda, but torch sees no CUDA GPU: use --device cpu, or check the driver")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32; convolutions have it by default
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # convolutions in float32 use TF32, torch's default; products do not
     return device
 
 
 def choose_precision(args, device):
     """args.precision -> "fp32" or "bf16"."""
-    return args.precision if args.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+    able = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not able:
+        raise UserError("this GPU has no bf16 arithmetic: use --precision fp32")
+    return args.precision if args.precision != "auto" else ("bf16" if device.type == "cuda" and able else "fp32")
 
 
 def autocast(device, precision):
@@ -281,7 +289,7 @@ class Experiment:
         if state is not None:
             then = state["settings"]
             differ = [
-                f"{name} was {then.get(name)}, is {value}"
+                f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
                 for name, value in settings.items()
                 if name not in may_differ and then.get(name) != value
             ]
@@ -339,11 +347,16 @@ def find_weights(name, weights_dir):
     raise UserError(f"there is no model {name} (looked for {', '.join(map(str, tried))}): check the name")
 
 
+def cpu_state(module):
+    """A copy of a module's state dict on the CPU, which loads on any machine."""
+    return {name: value.cpu().clone() for name, value in module.state_dict().items()}
+
+
 def load_weights(module, state, path):
     """Load a state dict into a module; one line instead of torch's page if names or shapes do not fit."""
     own = module.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys():
-        raise UserError(f"the weights of {path} are of another architecture: give the --model-type they were made with")
+        raise UserError(f"{path} is of another architecture: give the --model-type and --non-linear-head of that run")
     for name, value in own.items():
         if not isinstance(state[name], torch.Tensor) or state[name].shape != value.shape:
             raise UserError(f"{name} in {path} has another shape: give the --model-type it was made with")

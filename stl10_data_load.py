@@ -25,7 +25,7 @@ from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from dataset_helpers import IMAGE_BYTES, STL10_SIDE, progress_bar, read_image
-from run_helpers import Parser, Ticker, UserError, full_disk, number, run_script, whole_file
+from run_helpers import Parser, Ticker, UserError, number, run_script, storage_error, whole_file
 
 MD5 = dict(STL10.train_list + STL10.test_list)
 SPLITS = {  # ours -> raw images, raw labels
@@ -48,17 +48,14 @@ def parse_args(argv=None):
     add("--md5", help="checksum of the archive (default: that of the release for its own --url, none for another)")
     parser.add_switch("--synthetic", False, "write a small made-up raw set to --raw-dir first")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of --synthetic")
-    args = parser.parse_args(argv)
-    if args.md5 is None and args.url == STL10.url:
-        args.md5 = STL10.tgz_md5
-    return args
+    return parser.parse_args(argv)
 
 
 def main():
     args = parse_args()
     raw = args.raw_dir / STL10.base_folder
     if raw.exists():
-        print(f"using the raw files in {raw}")
+        print(f"using the raw files in {raw}{'; remove them to have others made' if args.synthetic else ''}")
     elif args.synthetic:
         write_synthetic(raw, args.seed)
     else:
@@ -83,6 +80,8 @@ def download(url, md5, raw_dir):
     """The archive under `raw_dir`, fetched unless it is there. It has its name only once it is whole."""
     archive, part = raw_dir / STL10.filename, raw_dir / f".{STL10.filename}.part"
     if archive.exists():
+        if md5 and calculate_md5(archive) != md5:
+            raise UserError(f"the MD5 of {archive} is not {md5}: remove it to have it fetched again")
         print(f"using the archive {archive}")
         return archive
     raw_dir.mkdir(parents=True, exist_ok=True)
@@ -90,12 +89,13 @@ def download(url, md5, raw_dir):
     try:
         fetch(url, part)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, OSError) and full_disk(error):
+        if isinstance(error, OSError) and storage_error(error):
             raise
         raise UserError(
             f"{url} could not be fetched ({str(error) or type(error).__name__}): run this again to go on from there, "
             f"or put the raw files into {raw_dir}"
         ) from None
+    md5 = md5 or (STL10.tgz_md5 if url == STL10.url else None)
     if md5 and calculate_md5(part) != md5:
         part.unlink()
         raise UserError(f"what came from {url} is not what it should be (its MD5 is not {md5}): run this again")

@@ -42,10 +42,12 @@ from run_helpers import (
     autocast,
     choose_device,
     choose_precision,
+    cpu_state,
     derived_seed,
     find_weights,
     generator,
     load_weights,
+    note_incomplete,
     number,
     read_torch_file,
     run_script,
@@ -87,7 +89,7 @@ def main():
     device = choose_device(args)
     experiment = Experiment(args, "labelled checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
-    if not args.resume:
+    if checkpoint is None:
         experiment.refuse_taken_name()
     run = start_run(args, device)
     if checkpoint is not None:
@@ -127,12 +129,16 @@ class Run:
 
 def start_run(args, device):
     """Labelled images, and the trunk: pretrained, or at random."""
-    path = find_weights(args.pirl_model_name, args.weights_dir) if args.pirl_model_name else None
+    path = None if args.pirl_model_name is None else find_weights(args.pirl_model_name, args.weights_dir)
     pretrained = read_torch_file(path, "PIRL weights") if path else None
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
     trunk, dimension = make_trunk(args.model_type)
     if pretrained:
         load_weights(trunk, pretrained.get("trunk"), path)
+        then = pretrained.get("settings", {}).get("image_size")
+        if then != args.image_size:
+            print(f"note: {path} was pretrained with --image-size {then}")
+    note_incomplete(args.data_dir)
     images, labels, checksum = load_labelled(args.data_dir / "train", args.image_size, device)
     test_images, test_labels, test_checksum = load_labelled(args.data_dir / "test", args.image_size, device)
     train, validation = (part.to(device) for part in stratified_split(labels.cpu(), args.seed))
@@ -253,6 +259,8 @@ def fit_softmax_layer(features, labels, train, validation, args, stop=None):
             means = torch.stack([sums / len(train), batch_sums(logits, labels[validation], loss) / len(validation)])
         rows.append(row_of("softmax", epoch, means.tolist(), optimizer, None))
         stop_if_asked(stop, "the softmax stage begins anew")
+        if not means.isfinite().all():
+            raise UserError(f"the loss is not finite in epoch {epoch} of {SOFTMAX}: lower --lr")
         schedule.step(rows[-1]["val_loss"])
         if rows[-1]["val_acc"] > best["val_acc"]:
             state = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -380,10 +388,6 @@ def stop_if_asked(stop, what):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoint and report
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def cpu_state(model):
-    return {name: value.cpu().clone() for name, value in model.state_dict().items()}
 
 
 def state_of(run):

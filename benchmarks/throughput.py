@@ -32,7 +32,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model-type", choices=["res18", "res34", "res50"], default="res18", help="the trunk")
-    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--batch-size", type=number(int, 1, IMAGES), default=128, help="images per step")
     add("--image-size", type=number(int, 36, 96), default=96, help="pixels")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="as in training")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in training")
@@ -128,7 +128,7 @@ class PerImageViews(Dataset):
         finish = [transforms.ToTensor(), transforms.Normalize(dh.MEAN, dh.STD)]
         crop = transforms.RandomResizedCrop(side, dh.CROP_AREA, dh.CROP_ASPECT)
         self.image_view = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *colour, *finish])
-        self.pretext_crop = transforms.RandomResizedCrop(side, jigsaw.CROP_AREA, jigsaw.CROP_ASPECT)
+        self.pretext_crop = transforms.RandomResizedCrop(side, jigsaw.PRETEXT_CROP_AREA, dh.CROP_ASPECT)
         self.patch_crop, self.patch_view = transforms.RandomCrop(self.patch), transforms.Compose([*colour, *finish])
 
     def __len__(self):
@@ -268,9 +268,13 @@ def print_device_share(run, speeds):
     """The bf16 rate that the step reaches against what a large matrix product reaches on this card, and peak memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    step = our_step(run)
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        step()
+        bare_step(run)()
+    step = our_step(run)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    step()
+    memory = torch.cuda.max_memory_allocated()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rates = []
     for _ in range(12):
@@ -283,7 +287,7 @@ def print_device_share(run, speeds):
     rate = counter.get_total_flops() * statistics.median(speeds) / run.args.batch_size
     print(
         f"\nthe step reaches {rate / 1e12:.0f} TFLOP/s, {rate / peak:.1%} of a bf16 matrix product's {peak / 1e12:.0f}"
-        f"\npeak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+        f"\npeak memory {memory / 2**30:.2f} GiB"
     )
 
 

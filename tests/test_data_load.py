@@ -256,6 +256,8 @@ def test_what_is_no_archive(call, tmp_path, content):
     archive = tmp_path / "stl10_binary.tar.gz"
     archive.write_bytes(content)
     assert call("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d").is_one_line_error("tar.gz")
+    outcome = call("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d", "--md5", "0" * 32)
+    assert outcome.is_one_line_error("MD5", archive)
     assert archive.exists(), "what the user put there is not ours to remove"
 
 
@@ -316,6 +318,10 @@ def test_the_decoded_copy_is_used_only_while_it_matches(data_dir, tmp_path, monk
     assert changed[1, :, 0, 0].tolist() == [1, 2, 3]
     assert other != checksum
     assert not copy.exists(), "there is one copy, the present one"
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_helpers, "read_image", None)
+        assert load(folder.relative_to(tmp_path), rows)[0].equal(changed), "however the folder is named"
     (copy,) = tmp_path.glob(".unlabelled.96.*.npy")
     copy.unlink()  # at any time
     assert load(folder, rows)[0].equal(changed)

@@ -188,6 +188,25 @@ def test_a_taken_name(call, tiny, tmp_path, script):
     assert {file: file.read_bytes() for file in tmp_path.rglob("exp*")} == before
 
 
+def test_weights_that_are_not_finite_are_never_kept(call, tiny, tmp_path, monkeypatch):
+    """A finite loss in the epoch's last step, and an update by which the weights are lost."""
+    import pirl_stl_train_test as pirl
+
+    step = pirl.training_step
+
+    def poisoned(run, index, draws):
+        sums = step(run, index, draws)
+        if (run.epoch, run.step) == (2, run.steps - 1):
+            run.model.trunk.conv1.weight.data[0] = float("nan")
+        return sums
+
+    monkeypatch.setattr(pirl, "training_step", poisoned)
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp")
+    assert outcome.is_one_line_error("epoch 2, step 5", "exp.ckpt")
+    assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["epoch"] == 2
+    assert not (tmp_path / "weights/exp.pt").exists()
+
+
 @pytest.mark.parametrize("loss", ["modified-nce", "nce"])
 def test_a_loss_that_is_not_finite(call, tiny, tmp_path, monkeypatch, loss):
     import pirl_stl_train_test as pirl
@@ -205,6 +224,14 @@ def test_a_loss_that_is_not_finite(call, tiny, tmp_path, monkeypatch, loss):
     monkeypatch.setattr(pirl, "training_step", step)
     assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["epoch"] == 2
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", "--loss", loss, "--resume").status == 0
+
+
+def test_a_softmax_layer_that_is_not_finite(call, tiny, monkeypatch):
+    import train_stl_after_ssl as labelled
+
+    features = labelled.features_of
+    monkeypatch.setattr(labelled, "features_of", lambda *a: features(*a) * float("nan"))
+    assert call("train_stl_after_ssl", *tiny).is_one_line_error("epoch 1", "--lr")
 
 
 def test_too_high_a_learning_rate_ends_in_one_line_or_in_numbers(call, tiny):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import jigsaw
-from dataset_helpers import MEAN, STD, crop_box
+from dataset_helpers import CROP_ASPECT, MEAN, STD, crop_box
 from jigsaw import JIGSAW_DRAWS, jigsaw_view, patch_places, patch_sizes
 from run_helpers import generator
 
@@ -76,7 +76,7 @@ def test_patches_of_a_crop_come_from_where_the_crop_says():
 
 
 def jigsaw_crop():
-    return jigsaw.CROP_AREA, jigsaw.CROP_ASPECT
+    return jigsaw.PRETEXT_CROP_AREA, CROP_ASPECT
 
 
 def test_crop_keeps_at_least_60_percent_and_stays_inside():

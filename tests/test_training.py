@@ -171,12 +171,23 @@ def test_resume_without_a_checkpoint_begins_and_says_so(call, tiny):
     assert "from the beginning" in outcome.out
 
 
+def test_without_a_checkpoint_resume_overwrites_nothing(call, tiny, tmp_path):
+    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
+    for file in (tmp_path / "weights").glob("exp*.ckpt"):
+        file.unlink()
+    before = (tmp_path / "weights/exp.pt").read_bytes()
+    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", "--resume").is_one_line_error("exp.pt")
+    assert (tmp_path / "weights/exp.pt").read_bytes() == before
+
+
 def test_resume_with_other_settings_lists_them(call, tiny, tmp_path):
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
     before = (tmp_path / "weights/exp.ckpt").read_bytes()
     changed = ("--batch-size", 8, "--seed", 5, "--loss", "nce")
     outcome = call("pirl_stl_train_test", *tiny, *changed, "--experiment-name", "exp", "--resume")
-    assert outcome.is_one_line_error("batch_size was 16, is 8", "seed was 0, is 5", "loss was modified-nce, is nce")
+    assert outcome.is_one_line_error(
+        "--batch-size was 16, is 8", "--seed was 0, is 5", "--loss was modified-nce, is nce"
+    )
     assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
 
 

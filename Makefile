@@ -29,7 +29,7 @@ demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table
 	@echo; cat demo/observations_dir/results.md
 
 test: .venv/development  ## the test suite
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -rs
 
 lint: .venv/development  ## ruff's checks and its formatting
 	$(PY) -m ruff check .

@@ -56,7 +56,7 @@ from run_helpers import (
 
 DEFAULT_NEGATIVES = 6400
 STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
-GRADIENT_NORM = 20.0  # the usual norm is about 13 at the default temperature
+GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
 # What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 1), default=128, help="images per step")
     add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
     add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of SGD (momentum 0.9) after the warm-up")
-    add("--warmup-epochs", type=number(float, 0, 1000), default=1.0, help="the learning rate rises over them from 0")
+    add("--warmup-steps", type=number(int, 0), default=100, help="the learning rate rises over them from 0")
     add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the cosine reaches 0 (default: --epochs)")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of all weights")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce: the paper's equation 5")
@@ -238,7 +238,7 @@ def learning_rate(args, epoch, step, steps):
     """Linear warm-up, and half a cosine from --lr to 0 over --tmax-for-cos-decay epochs (as CosineAnnealingLR: past
     that it rises again)."""
     passed = epoch - 1 + step / steps
-    warm_up = min(1.0, (passed * steps + 1) / max(1.0, args.warmup_epochs * steps))
+    warm_up = min(1.0, ((epoch - 1) * steps + step + 1) / max(1, args.warmup_steps))
     return args.lr * warm_up * (1 + math.cos(math.pi * passed / args.tmax_for_cos_decay)) / 2
 
 
@@ -304,7 +304,7 @@ def means_so_far(run, experiment):
         )
         raise UserError(
             f"the loss is not finite in epoch {run.epoch}, step {bad[0] + 1}: lower --lr, raise --temp-parameter "
-            f"or --warmup-epochs, or use --precision fp32 ({kept})"
+            f"or --warmup-steps, or use --precision fp32 ({kept})"
         )
     images = min(run.step * run.args.batch_size, run.train_count)
     return (done.double().sum(0) / images).tolist()

@@ -215,7 +215,7 @@ def test_warm_start(call, tiny, tmp_path):
         ("--loss", "nce", "--non-linear-head", "yes"),
         ("--positive", "pair", "--bank-start", "random", "--count-negatives", 20),
         ("--precision", "bf16", "--tmax-for-cos-decay", 5, "--beta", 0, "--loss-weight", 0.3),
-        ("--batch-size", 23, "--val-images", 5, "--warmup-epochs", 0, "--temp-parameter", 0.01),
+        ("--batch-size", 23, "--val-images", 5, "--warmup-steps", 0, "--temp-parameter", 0.01),
     ],
 )
 def test_flags(call, tiny, tmp_path, flags):
@@ -232,7 +232,7 @@ def test_flags(call, tiny, tmp_path, flags):
 
 
 def test_learning_rate_schedule():
-    args = pirl.parse_args(["--epochs", "10", "--lr", "0.4", "--warmup-epochs", "2"])
+    args = pirl.parse_args(["--epochs", "10", "--lr", "0.4", "--warmup-steps", "10"])
     assert args.tmax_for_cos_decay == 10
     rates = [pirl.learning_rate(args, epoch, step, 5) for epoch in range(1, 11) for step in range(5)]
     assert rates[0] == pytest.approx(0.04, rel=1e-3)
@@ -306,7 +306,7 @@ def test_overfits_64_images(call, tmp_path):
             "--device",
             "cpu",
         ),
-        *("--batch-size", 64, "--epochs", 100, "--lr", 0.1, "--experiment-name", "overfit"),
+        *("--batch-size", 64, "--epochs", 100, "--lr", 0.7, "--warmup-steps", 20, "--experiment-name", "overfit"),
         *("--bank-start", "random", "--beta", 0.99, "--loss-weight", 0.9),  # the same 64 targets throughout
         *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
     )

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from run_helpers import SPLIT, UserError, generator, storage_error, whole_file
+from run_helpers import SPLIT, UserError, generator, rank, storage_error, whole_file
 
 STL10_SIDE = 96  # pixels
 IMAGE_BYTES = 3 * STL10_SIDE**2
 MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
 STD = (0.2603, 0.2566, 0.2713)
+CLASSES = 10
 BLOCK, TASK = 2048, 64  # images decoded at a time (57 MB at 96 pixels), and by one call of a thread
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,9 +148,10 @@ def load_images(files, folder, rows, side, device):
     return images, checksum
 
 
-def progress_bar(total, what, unit):
-    """A tqdm bar, on a terminal only."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None, dynamic_ncols=True, leave=False)
+def progress_bar(total, what, unit, done=0):
+    """A tqdm bar, on a terminal only; of several ranks, that of rank 0."""
+    hide = None if rank() == 0 else True
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hide, dynamic_ncols=True, leave=False)
 
 
 def load_unlabelled(data_dir, side, device, seed, only_train, val_images):
@@ -231,17 +233,18 @@ LUMA = (0.299, 0.587, 0.114)
 YIQ = ((*LUMA,), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # luma and two axes of colour
 
 
-def image_view(images, draws):
+def image_view(images, draws, least_area=CROP_AREA[0], strength=1.0, hue=HUE):
     """The image view I: random resized crop, flip, colour jitter, grayscale (paper, appendix A).
 
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 11] -> [B, 3, S, S] float32, normalised, channels-last.
+    least_area: of the crop, as a share of the image's; strength and hue: see jitter().
     """
     crop, flip, colour = draws.split([CROP_DRAWS, 1, COLOUR_DRAWS], 1)
     side = images.shape[-1]
     pixels = torch.arange(side, device=images.device)
     columns = torch.where(flip < 0.5, pixels, pixels.flip(0))
-    y, x = crop_coordinates(crop_box(crop, side, CROP_AREA, CROP_ASPECT), pixels[None], columns, side)
-    return recolour(sample(images, y[:, None, :, None], x[:, None, None, :]), *jitter(colour))
+    y, x = crop_coordinates(crop_box(crop, side, (least_area, CROP_AREA[1]), CROP_ASPECT), pixels[None], columns, side)
+    return recolour(sample(images, y[:, None, :, None], x[:, None, None, :]), *jitter(colour, strength, hue))
 
 
 def labelled_view(images, draws):
@@ -299,15 +302,19 @@ def sample(images, y, x):
     return sampled.unflatten(2, (regions, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def jitter(draws):
-    """draws [N, 6] -> brightness, contrast, saturation (0 is gray) and hue angle in radians, each [N]."""
-    brightness, contrast, saturation, hue, kept, gray = draws.unbind(1)
-    strength = (kept < JITTER_SHARE).to(draws.dtype)
-    brightness = 1 + strength * BRIGHTNESS * (2 * brightness - 1)
-    contrast = 1 + strength * CONTRAST * (2 * contrast - 1)
-    saturation = 1 + strength * SATURATION * (2 * saturation - 1)
-    hue = strength * HUE * 2 * math.pi * (2 * hue - 1)
-    return brightness, contrast, saturation * (gray >= GRAY_SHARE), hue
+def jitter(draws, strength=1.0, hue=HUE):
+    """draws [N, 6] -> brightness, contrast, saturation (0 is gray) and hue angle in radians, each [N].
+
+    strength multiplies how far the first three may go from 1; hue is how far colours may turn, of a full turn. With
+    strength 0 all images keep their colours, grayscale included.
+    """
+    brightness, contrast, saturation, turn, kept, gray = draws.unbind(1)
+    jittered = (kept < JITTER_SHARE).to(draws.dtype)
+    brightness = 1 + jittered * (strength * BRIGHTNESS) * (2 * brightness - 1)
+    contrast = 1 + jittered * (strength * CONTRAST) * (2 * contrast - 1)
+    saturation = 1 + jittered * (strength * SATURATION) * (2 * saturation - 1)
+    turn = jittered * (hue * 2 * math.pi if strength else 0) * (2 * turn - 1)
+    return brightness, contrast, saturation * (gray >= (GRAY_SHARE if strength else 0)), turn
 
 
 def recolour(images, brightness, contrast, saturation, hue):

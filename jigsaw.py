@@ -12,6 +12,7 @@ from dataset_helpers import (
     COLOUR_DRAWS,
     CROP_ASPECT,
     CROP_DRAWS,
+    HUE,
     STL10_SIDE,
     crop_box,
     crop_coordinates,
@@ -52,11 +53,12 @@ def patch_places(offset_draws, order_draws, side):
     return permutation, rows, columns
 
 
-def jigsaw_view(images, draws):
+def jigsaw_view(images, draws, strength=1.0, hue=HUE):
     """The pretext view I_t: crop of at least 60 %, 3 × 3 grid, a random patch of each cell, own colours each, shuffled.
 
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 85] -> [B·9, 3, P, P] float32, normalised, channels-last, the
-    nine patches of an image in a row. The crop is never made: patches are sampled straight from the image.
+    nine patches of an image in a row. The crop is never made: patches are sampled straight from the image. strength and
+    hue: see jitter().
     """
     side = images.shape[-1]
     crop, offsets, colours, order = draws.split([CROP_DRAWS, CELLS * 2, CELLS * COLOUR_DRAWS, CELLS], 1)
@@ -64,7 +66,7 @@ def jigsaw_view(images, draws):
     box = [edge[..., None] for edge in crop_box(crop, side, PRETEXT_CROP_AREA, CROP_ASPECT)]
     y, x = crop_coordinates(box, rows, columns, side)
     patches = sample(images, y[..., :, None], x[..., None, :])
-    return recolour(patches, *jitter(colours.reshape(-1, COLOUR_DRAWS)))
+    return recolour(patches, *jitter(colours.reshape(-1, COLOUR_DRAWS), strength, hue))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import contextlib
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from dataset_helpers import normalised
+from dataset_helpers import normalised, progress_bar
+from run_helpers import autocast
 
 TRUNKS = {
     "res18": torchvision.models.resnet18,
@@ -15,16 +17,21 @@ TRUNKS = {
 }
 VECTOR_SIZE = 128  # of what the heads put out and the memory bank holds (paper, section 3.2)
 PATCHES = 9
+NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # of the k-nearest-neighbour classifier
 
 
-def make_trunk(model_type):
+def make_trunk(model_type, stem="imagenet"):
     """(torchvision's ResNet without its last layer, its output dimension d: 512, or 2048 for res50).
 
-    The state dict has torchvision's own names. Input [B, 3, H, W] float, output [B, d].
+    stem "small": a first convolution of 3 × 3 with stride 1 instead of 7 × 7 with stride 2, for small images; it makes
+    four times the work. The state dict has torchvision's own names. Input [B, 3, H, W] float, output [B, d].
     """
     trunk = TRUNKS[model_type](weights=None)
     dimension = trunk.fc.in_features
     trunk.fc = nn.Identity()
+    if stem == "small":
+        trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     return trunk, dimension
 
 
@@ -51,9 +58,9 @@ class JigsawHead(nn.Module):
 class PIRL(nn.Module):
     """The trunk φ with head f for whole images and head g for their nine shuffled patches (paper, figure 3)."""
 
-    def __init__(self, model_type, non_linear_head=False):
+    def __init__(self, model_type, non_linear_head=False, stem="imagenet"):
         super().__init__()
-        self.trunk, dimension = make_trunk(model_type)
+        self.trunk, dimension = make_trunk(model_type, stem)
         self.head_f = head_output(dimension, non_linear_head)
         self.head_g = JigsawHead(dimension, non_linear_head)
 
@@ -97,6 +104,38 @@ def estimate_statistics(trunk, images, batch_size):
     trunk.train(training)
     for norm in norms:
         norm.momentum = momentum
+
+
+@torch.no_grad()
+def trunk_features(trunk, images, batch_size, precision, flip=False):
+    """The trunk's features in eval mode (running statistics): uint8 [N, 3, S, S] -> float32 [N, d]."""
+    training, features = trunk.training, []
+    trunk.eval()
+    with autocast(images.device, precision), progress_bar(len(images), "features", " images") as bar:
+        for batch in images.split(batch_size):
+            features.append(trunk(normalised(batch.flip(3) if flip else batch)).float())
+            bar.update(len(batch))
+    trunk.train(training)
+    return torch.cat(features)
+
+
+def nearest(features, queries, count):
+    """The `count` most similar rows of features [N, d] to each of queries [Q, d]: (cosines, rows), each [Q, count]."""
+    features = F.normalize(features, dim=1)
+    blocks = [(F.normalize(block, dim=1) @ features.T).topk(count) for block in queries.split(1024)]
+    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
+
+
+def neighbour_accuracy(features, labels, queries, query_labels, classes):
+    """Accuracy of weighted k-nearest-neighbour classification (k = 20 or all, weights exp(cosine / 0.07)), a float.
+
+    features [N, d] and labels [N] are searched, queries [Q, d] and query_labels [Q] are what is classified. (Wu et al.,
+    arXiv:1805.01978, section 3.4.)
+    """
+    cosines, rows = nearest(features, queries, min(NEIGHBOURS, len(features)))
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes.scatter_add_(1, labels[rows], (cosines / NEIGHBOUR_TEMPERATURE).exp())
+    return (votes.argmax(1) == query_labels).float().mean().item()
 
 
 class Classifier(nn.Module):

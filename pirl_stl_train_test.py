@@ -3,6 +3,7 @@
 python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 --experiment-name exp
 """
 
+import copy
 import csv
 import math
 import sys
@@ -11,21 +12,32 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_gather
 
 from dataset_helpers import (
+    CLASSES,
     IMAGE_VIEW_DRAWS,
     MEAN,
     STD,
     image_view,
+    load_labelled,
     load_unlabelled,
     normalised,
+    progress_bar,
+    stratified_split,
     uniform_draws,
 )
 from jigsaw import JIGSAW_DRAWS, jigsaw_view
 from memory_bank import MemoryBank
-from models import PIRL, VECTOR_SIZE, batch_statistics, estimate_statistics
+from models import (
+    PIRL,
+    VECTOR_SIZE,
+    batch_statistics,
+    estimate_statistics,
+    neighbour_accuracy,
+    trunk_features,
+)
 from run_helpers import (
     BANK,
     INITIAL_WEIGHTS,
@@ -39,19 +51,25 @@ from run_helpers import (
     UserError,
     add_run_arguments,
     autocast,
+    check_fields,
     choose_device,
     choose_precision,
     cpu_state,
     derived_seed,
     find_weights,
     generator,
+    join_ranks,
+    load_optimizer,
     load_weights,
+    machine,
     note_incomplete,
     number,
+    rank,
     read_torch_file,
     run_script,
     settings_of,
     whole_file,
+    world_size,
 )
 
 DEFAULT_NEGATIVES = 6400
@@ -59,6 +77,7 @@ STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
 GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
 # What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
+MAY_DIFFER |= {"knn_every", "tensorboard"}
 
 
 def parse_args(argv=None):
@@ -70,7 +89,14 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of SGD (momentum 0.9) after the warm-up")
     add("--warmup-steps", type=number(int, 0), default=100, help="the learning rate rises over them from 0")
     add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the cosine reaches 0 (default: --epochs)")
-    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of all weights")
+    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of the weights")
+    parser.add_switch("--decay-norms", True, "of batch norm's weights and of the biases too")
+    add(
+        "--crop-area", type=number(float, 0.01, 1), default=0.2, help="of image views at least, as a share of the image"
+    )
+    add("--colour-strength", type=number(float, 0, 2), default=1.0, help="of image views' colour jitter; 0 is none")
+    add("--patch-colour-strength", type=number(float, 0, 2), default=1.0, help="the same for patches")
+    add("--hue", type=number(float, 0, 0.5), default=0.1, help="how far colours turn, of a full turn")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce: the paper's equation 5")
     add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the share of the jigsaw term")
@@ -81,7 +107,16 @@ def parse_args(argv=None):
         help=f"K, from the memory bank (default: {DEFAULT_NEGATIVES}, or all other training images if fewer)",
     )
     add("--beta", type=number(float, 0, below=1), default=0.5, help="β: the weight of the past in the memory bank")
-    add("--bank-start", choices=["features", "random"], default="features", help="a forward pass, or random vectors")
+    parser.add_switch("--batch-negatives", False, "the fresh f(φ(I)) of the batch's other images are negatives too")
+    add(
+        "--bank-start",
+        choices=["features", "random", "visited"],
+        default="features",
+        help="a forward pass; random vectors; or a forward pass, but images are negatives only once they were visited",
+    )
+    add(
+        "--stem", choices=["imagenet", "small"], default="imagenet", help="first convolution: 7 × 7 by 2, or 3 × 3 by 1"
+    )
     parser.add_switch("--non-linear-head", False, "a ReLU and a further linear layer behind each head")
     parser.add_switch("--only-train", False, "train on all unlabelled images instead of 70 %%")
     add("--val-images", type=number(int, 1), default=4096, help="validate on at most so many of the other 30 %%")
@@ -89,7 +124,8 @@ def parse_args(argv=None):
     add("--pirl-model-name", help="with --warm-start: a path, or a name under the weights folder")
     add("--cont-epoch", type=number(int, 1), default=1, help="with --warm-start: the epoch to go on with")
     parser.add_switch("--compile", False, "torch.compile the trunk for full training batches")
-    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="within an epoch; one is always at its end")
+    add("--knn-every", type=number(int, 0), default=5, help="epochs between measurements of the features; 0 is none")
+    parser.add_switch("--tensorboard", False, "write <observations-dir>/<experiment>_tensorboard, too")
     args = parser.parse_args(argv)
     args.tmax_for_cos_decay = args.tmax_for_cos_decay or args.epochs
     if not args.warm_start and (args.pirl_model_name or args.cont_epoch != 1):
@@ -102,6 +138,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = choose_device(args)
+    join_ranks(device)
     experiment = Experiment(args, "PIRL checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
     if checkpoint is None and not (args.warm_start and not args.pirl_model_name):
@@ -114,15 +151,22 @@ def main():
             print(f"there is no {experiment.checkpoint} yet: starting from the beginning")
         if args.warm_start:
             warm_start(run, experiment)
+    experiment.check_space(run.model, 1, run.bank.vectors.nbytes)
     announce(run)
+    if args.tensorboard and rank() == 0:
+        run.writer = tensorboard_writer(experiment, run.epoch)
     if checkpoint is None:
         start_bank(run)
     stop = StopSignal()
     while run.epoch <= args.epochs:
         train = train_epoch(run, experiment, stop)
-        validation = validate(run)
-        finish_epoch(run, experiment, train, validation)
+        started = time.monotonic()
+        knn_accuracy = monitor(run)
+        validation = validate(run, experiment, stop)
+        finish_epoch(run, experiment, train, validation, knn_accuracy, run.seconds + time.monotonic() - started)
     export(run, experiment)
+    if run.ranks > 1:
+        distributed.destroy_process_group()
 
 
 @dataclass
@@ -136,14 +180,19 @@ class Run:
     train_count: int
     checksum: int  # of the images
     negatives: int  # K
+    labelled: tuple  # images, labels, search and query indices of the monitor; None without it
     model: PIRL
+    network: nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     bank: MemoryBank
     epoch: int = 1
     step: int = 0  # the next one of this epoch
+    writer: object = None  # of TensorBoard
     statistics: torch.Tensor = None  # [steps, 2] on the device: sum of losses and count of hits of each step so far
     seconds: float = 0.0  # spent on this epoch's steps
     rows: list = field(default_factory=list)  # of the CSV
+
+    ranks: int = field(default_factory=world_size)
 
     @property
     def steps(self):
@@ -184,19 +233,23 @@ def nce(logits):
     return -log_h[:, 0] - log_not[:, 1:].sum(1)
 
 
-def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args):
+def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fresh=None):
     """L = λ · loss(partner, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6), and the pretext hits.
 
     The partner of g(φ(I_t)) is m_I, or f(φ(I)) for --positive pair. image_vectors, patch_vectors [B, 128] of the
-    network, memory [B, 128] the images' own rows of the bank, negatives [K, 128], hidden [B, K]. Returns the loss [B]
-    and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative is. All in float32.
+    network, memory [B, 128] the images' own rows of the bank, negatives [K, 128], hidden [B, K]. fresh is further
+    negatives: f(φ(I)) [B', 128] of a whole batch, and which row is the image itself [B, B'] bool. Returns the loss [B]
+    and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
     """
     f, g = F.normalize(image_vectors.float(), dim=1), F.normalize(patch_vectors.float(), dim=1)
+    hits = (memory * g).sum(1) > (g @ negatives.T).masked_fill(hidden, -math.inf).amax(1)
+    if fresh is not None:
+        negatives = torch.cat([negatives, F.normalize(fresh[0].float(), dim=1)])
+        hidden = torch.cat([hidden, fresh[1]], 1)
     loss = {"modified-nce": modified_nce, "nce": nce}[args.loss]
     partner = memory if args.positive == "bank" else f
     logits_g = candidate_logits(partner, g, negatives, hidden, args.temp_parameter)
     logits_f = candidate_logits(memory, f, negatives, hidden, args.temp_parameter)
-    hits = (memory * g).sum(1) / args.temp_parameter > logits_g[:, 1:].amax(1)
     return args.loss_weight * loss(logits_g) + (1 - args.loss_weight) * loss(logits_f), hits
 
 
@@ -206,19 +259,39 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args):
 
 
 def forward(run, index, draws, step_key):
-    """Both views of the images `index` [B] to the loss: (f(φ(I)) [B, 128] detached, losses [B], hits [B])."""
-    images = run.images.index_select(0, index).float()
-    image_draws, jigsaw_draws = draws.index_select(0, index).split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
-    view, patches = image_view(images, image_draws), jigsaw_view(images, jigsaw_draws)
+    """Both views of the images `index` [B] to the loss: (f(φ(I)) [B, 128] detached, losses, hits).
+
+    Of several ranks each does its share of the batch: its losses and hits are [B / ranks], the vectors are all ranks'.
+    """
+    args, share = run.args, index.tensor_split(run.ranks)[rank()]
+    mine = share if len(share) else index[:1]  # all ranks take part in the step; this one's part will not count
+    images = run.images.index_select(0, mine).float()
+    image_draws, jigsaw_draws = draws.index_select(0, mine).split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
+    view = image_view(images, image_draws, args.crop_area, args.colour_strength, args.hue)
+    patches = jigsaw_view(images, jigsaw_draws, args.patch_colour_strength, args.hue)
     # Compiled code serves the training steps of full size; the few others would each need a compilation of their own.
-    full = run.model.training and len(index) == run.args.batch_size
+    full = run.model.training and len(index) == args.batch_size
+    network = run.network if run.model.training else run.model
     with torch.compiler.set_stance("default" if full else "force_eager"), autocast(run.device, run.precision):
-        image_vectors, patch_vectors = run.model(view, patches)
-    draw = generator(run.device, run.args.seed, NEGATIVES, *step_key)
-    negatives, hidden = run.bank.draw_negatives(index, run.negatives, draw)
-    memory = run.bank.vectors[index]
-    losses, hits = pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, run.args)
-    return image_vectors.detach(), losses, hits
+        image_vectors, patch_vectors = network(view, patches)
+    all_vectors = gathered(image_vectors.float()[: len(share)], len(index), run.ranks)
+    draw = generator(run.device, args.seed, NEGATIVES, *step_key)  # the same negatives on all ranks
+    negatives, hidden = run.bank.draw_negatives(mine, run.negatives, draw)
+    memory, fresh = run.bank.vectors[mine], None
+    if args.batch_negatives:
+        fresh = all_vectors, mine[:, None] == index
+    losses, hits = pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fresh)
+    counts = float(len(share) > 0)
+    return all_vectors.detach(), losses * counts, hits * counts
+
+
+def gathered(vectors, count, ranks):
+    """The rows of all ranks' shares of a batch of `count` images, in the batch's order. Gradients flow back to each."""
+    if ranks == 1:
+        return vectors
+    sizes = [count // ranks + (each < count % ranks) for each in range(ranks)]  # as tensor_split divides
+    parts = all_gather(F.pad(vectors, (0, 0, 0, sizes[0] - len(vectors))))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def training_step(run, index, draws):
@@ -227,11 +300,19 @@ def training_step(run, index, draws):
         group["lr"] = learning_rate(run.args, run.epoch, run.step, run.steps)
     image_vectors, losses, hits = forward(run, index, draws, (run.epoch, run.step))
     run.optimizer.zero_grad()
-    losses.mean().backward()
+    (losses.sum() * run.ranks / len(index)).backward()  # the ranks' gradients are averaged
     nn.utils.clip_grad_norm_(run.model.parameters(), GRADIENT_NORM)
     run.optimizer.step()
     run.bank.update(index, image_vectors)
-    return torch.stack([losses.detach().sum(), hits.sum()])
+    return sums_of(run, losses, hits)
+
+
+def sums_of(run, losses, hits):
+    """[sum of the losses, number of hits] of a batch, over all ranks."""
+    sums = torch.stack([losses.detach().sum(), hits.sum()])
+    if run.ranks > 1:
+        distributed.all_reduce(sums)
+    return sums
 
 
 def learning_rate(args, epoch, step, steps):
@@ -251,37 +332,51 @@ def train_epoch(run, experiment, stop):
         run.statistics, run.seconds = torch.zeros(run.steps, 2, device=run.device), 0.0
     shown, kept = Ticker(1), Ticker(60 * args.checkpoint_minutes)
     run.model.train()
-    bar = tqdm(
-        total=run.train_count,
-        initial=run.step * args.batch_size,
-        desc=f"epoch {run.epoch}/{args.epochs}",
-        unit=" images",
-        disable=None,
-        dynamic_ncols=True,
-        leave=False,
-    )
+    bar = progress_bar(run.train_count, f"epoch {run.epoch}/{args.epochs}", " images", run.step * args.batch_size)
     with bar:
         started = time.monotonic() - run.seconds
         for index in order.split(args.batch_size)[run.step :]:
-            if stop.number or kept.due():
+            number, due = agreed(run, stop, kept)
+            if number or due:
                 means_so_far(run, experiment)
                 run.seconds = time.monotonic() - started
+                if number:
+                    bar.close()
+                    leave(run, experiment, number)
                 experiment.save_checkpoint(state_of(run))
-            if stop.number:
-                bar.close()
-                print(
-                    f"stopped in epoch {run.epoch} after step {run.step}; --resume True with the same command goes on"
-                )
-                sys.exit(128 + stop.number)
             run.statistics[run.step] = training_step(run, index, draws)
             run.step += 1
             bar.update(len(index))
             if shown.due():  # reading numbers back waits for the device: about once a second
                 loss, hits = means_so_far(run, experiment)
-                bar.set_postfix_str(f"loss {loss:.3f}, pretext {hits:.1%}")
+                bar.set_postfix_str(f"loss {loss:.3f}, pretext {hits:.1%}{knn_text(run.rows)}")
         means = means_so_far(run, experiment)
         run.seconds = time.monotonic() - started
     return means
+
+
+def agreed(run, stop, kept=None):
+    """(number of a signal or 0, whether a checkpoint is due): the same on all ranks, whichever got the signal.
+
+    On GPUs several ranks ask one another at every 16th step only: their hosts need not run in step.
+    """
+    flags = [stop.number or 0, bool(kept and rank() == 0 and kept.due())]
+    if run.ranks == 1:
+        return flags
+    if run.device.type == "cuda" and run.step % 16:
+        return 0, False
+    flags = torch.tensor(flags, dtype=torch.int32)
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return flags.tolist()
+
+
+def leave(run, experiment, number):
+    """Write the checkpoint and end the process, as a signal asked."""
+    experiment.save_checkpoint(state_of(run))
+    if run.ranks > 1:
+        distributed.barrier()  # the launcher stops all ranks when one has ended
+    print(f"stopped in epoch {run.epoch} after step {run.step}; --resume True with the same command goes on")
+    sys.exit(128 + number)
 
 
 def view_draws(run, epoch):
@@ -311,20 +406,53 @@ def means_so_far(run, experiment):
 
 
 @torch.no_grad()
-def validate(run):
-    """(loss, share of hits) of the validation images, None without any; running statistics for whole images."""
+def validate(run, experiment, stop):
+    """(loss, share of hits) of the validation images, None without any; running statistics for whole images.
+
+    A signal ends the run with the checkpoint of the moment before validation.
+    """
     count = len(run.images) - run.train_count
     if not count:
         return None, None
     index = torch.arange(run.train_count, len(run.images), device=run.device)
     draws = view_draws(run, run.epoch)
-    sums = torch.zeros(2, device=run.device)
+    sums, before = torch.zeros(2, device=run.device), run.bank.vectors[index]
     run.model.eval()
     for step, batch in enumerate(index.split(run.args.batch_size)):
         image_vectors, losses, hits = forward(run, batch, draws, (run.epoch, run.steps + step))
         run.bank.update(batch, image_vectors)
-        sums += torch.stack([losses.sum(), hits.sum()])
+        sums += sums_of(run, losses, hits)
+        if number := agreed(run, stop)[0]:
+            run.bank.vectors[index] = before
+            leave(run, experiment, number)
     return (sums.cpu().double() / count).tolist()
+
+
+def monitor(run):
+    """Nearest-neighbour accuracy of 16 % of the labelled training images among the others, if it is due; else None.
+
+    No test image is read. The trunk has the statistics of whole images, as in export(); training does not notice.
+    """
+    due = run.args.knn_every and (run.epoch % run.args.knn_every == 0 or run.epoch == run.args.epochs)
+    if not due or run.labelled is None:
+        return None
+    images, labels, search, query = run.labelled
+    trunk = copy.deepcopy(run.model.trunk)
+    with torch.compiler.set_stance("force_eager"):
+        whole_image_statistics(run, trunk)
+        features = trunk_features(trunk, images, run.args.batch_size, run.precision)
+    return neighbour_accuracy(features[search], labels[search], features[query], labels[query], CLASSES)
+
+
+def whole_image_statistics(run, trunk):
+    with autocast(run.device, run.precision):
+        estimate_statistics(trunk, run.images[: min(run.train_count, STATISTICS_IMAGES)], run.args.batch_size)
+
+
+def knn_text(rows):
+    """The last nearest-neighbour accuracy, for the bar."""
+    values = [row["knn_acc"] for row in rows if row["knn_acc"] not in (None, "")]
+    return f", kNN {float(values[-1]):.1%}" if values else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,6 +466,10 @@ def start_run(args, device):
     images, train_count, checksum = load_unlabelled(
         args.data_dir, args.image_size, device, args.seed, args.only_train, args.val_images
     )
+    if args.batch_size % world_size():
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be divided over {world_size()} ranks: choose a multiple of them"
+        )
     if args.batch_size > train_count:
         raise UserError(
             f"--batch-size {args.batch_size} is more than the {train_count} training images: choose a smaller one"
@@ -347,18 +479,37 @@ def start_run(args, device):
             f"--count-negatives {args.count_negatives} is more than the {train_count - 1} other training images: "
             "choose fewer, or leave it out to use them all"
         )
-    return make_run(args, device, images, train_count, checksum)
+    run = make_run(args, device, images, train_count, checksum)
+    if args.knn_every:
+        run.labelled = load_monitor(args, device)
+    return run
+
+
+def load_monitor(args, device):
+    """(images, labels, search, query) of the labelled training images; None, and a note, if there are none."""
+    if not (args.data_dir / "train").is_dir():
+        print(f"note: {args.data_dir / 'train'} does not exist: no nearest-neighbour accuracy will be measured")
+        return None
+    images, labels, _ = load_labelled(args.data_dir / "train", args.image_size, device)
+    search, query = stratified_split(labels.cpu(), args.seed)
+    return (images, labels, search.to(device), query.to(device)) if len(query) else None
 
 
 def make_run(args, device, images, train_count, checksum):
     """Network, optimiser and a bank of random vectors for images uint8 [N, 3, S, S] on `device`."""
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
-    model = PIRL(args.model_type, args.non_linear_head).to(device, memory_format=torch.channels_last)
+    model = PIRL(args.model_type, args.non_linear_head, args.stem).to(device, memory_format=torch.channels_last)
+    network = model
+    if world_size() > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=device.type == "cpu")
     if args.compile:
         model.trunk.compile(dynamic=False)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
-    )
+    plain = [p for p in model.parameters() if p.ndim == 1 and not args.decay_norms]
+    decayed = [p for p in model.parameters() if p.ndim > 1 or args.decay_norms]
+    groups = [{"params": decayed}] + [{"params": plain, "weight_decay": 0.0}] * bool(plain)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     vectors = torch.randn(len(images), VECTOR_SIZE, generator=generator(device, args.seed, BANK), device=device)
     return Run(
         args=args,
@@ -368,7 +519,9 @@ def make_run(args, device, images, train_count, checksum):
         train_count=train_count,
         checksum=checksum,
         negatives=args.count_negatives or min(DEFAULT_NEGATIVES, train_count - 1),
+        labelled=None,
         model=model,
+        network=network,
         optimizer=optimizer,
         bank=MemoryBank(vectors, train_count, args.beta),
     )
@@ -378,7 +531,8 @@ def announce(run):
     """Say what is about to be done."""
     args, fewer = run.args, run.negatives < DEFAULT_NEGATIVES and not run.args.count_negatives
     print(
-        f"{args.experiment_name}: PIRL, {args.model_type}, on {run.device.type} in {run.precision}, seed {args.seed}\n"
+        f"{args.experiment_name}: PIRL, {args.model_type}, on {run.device.type} in {run.precision}, seed {args.seed}"
+        f"{f', {run.ranks} ranks' if run.ranks > 1 else ''}\n"
         f"  {run.train_count} training images of {args.image_size} × {args.image_size} pixels, "
         f"{len(run.images) - run.train_count} for validation, {run.steps} steps of {args.batch_size} per epoch\n"
         f"  {run.negatives} negatives{' (all other training images; there are no 6400)' if fewer else ''}, "
@@ -390,22 +544,21 @@ def announce(run):
 
 @torch.no_grad()
 def start_bank(run):
-    """Fill the bank with f(φ(I)) of every image as it is, under batch statistics (--bank-start features)."""
+    """Fill the bank with f(φ(I)) of every image as it is, under batch statistics, unless --bank-start random."""
     if run.args.bank_start == "random":
         return
     vectors = []
     run.model.eval()
     eager = torch.compiler.set_stance("force_eager")
-    with eager, batch_statistics(run.model.trunk), autocast(run.device, run.precision):
-        for batch in tqdm(
-            run.images.split(run.args.batch_size),
-            "filling the memory bank",
-            disable=None,
-            dynamic_ncols=True,
-            leave=False,
-        ):
+    bar = progress_bar(len(run.images), "filling the memory bank", " images")
+    with eager, batch_statistics(run.model.trunk), autocast(run.device, run.precision), bar:
+        for batch in run.images.split(run.args.batch_size):
             vectors.append(run.model.head_f(run.model.trunk(normalised(batch))).float())
-    run.bank = MemoryBank(torch.cat(vectors), run.train_count, run.args.beta)
+            bar.update(len(batch))
+    vectors = torch.cat(vectors)
+    if run.ranks > 1:
+        distributed.broadcast(vectors, 0)
+    run.bank = MemoryBank(vectors, run.train_count, run.args.beta, visited)
 
 
 def warm_start(run, experiment):
@@ -424,20 +577,35 @@ def warm_start(run, experiment):
 
 def resume(run, checkpoint, experiment):
     """Put everything back to where the checkpoint was written."""
+    expected = {"images": int, "model": dict, "epoch": int, "step": int, "seconds": float, "rows": list}
+    expected |= {"bank": run.bank.vectors.shape, "statistics": (run.steps, 2)}
+    check_fields(checkpoint, expected, experiment.checkpoint)
     if checkpoint["images"] != run.checksum:
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
     for name, module in parts(run.model).items():
         load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    load_optimizer(run.optimizer, checkpoint["optimizer"], experiment.checkpoint)
     run.bank.vectors.copy_(checkpoint["bank"])
+    visited = checkpoint["visited"]
+    run.bank.visited = None if visited is None else visited.to(run.device)
     run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
     run.statistics = checkpoint["statistics"].to(run.device)
     run.seconds, run.rows = checkpoint["seconds"], checkpoint["rows"]
     if run.rows:
         experiment.write_rows(run.rows)
     print(f"going on from {experiment.checkpoint}: epoch {run.epoch}, after step {run.step}")
+
+
+def tensorboard_writer(experiment, epoch):
+    """Scalars under the CSV's names; what an interrupted run wrote from this epoch on is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package that is missing: pip install tensorboard") from None
+    folder = experiment.observations.with_name(f"{experiment.name}_tensorboard")
+    return SummaryWriter(folder, purge_step=epoch)
 
 
 def parts(model):
@@ -453,6 +621,7 @@ def state_of(run):
         "model": {name: module.state_dict() for name, module in parts(run.model).items()},
         "optimizer": run.optimizer.state_dict(),
         "bank": run.bank.vectors,
+        "visited": run.bank.visited,
         "epoch": run.epoch,
         "step": run.step,
         "statistics": run.statistics,
@@ -461,7 +630,7 @@ def state_of(run):
     }
 
 
-def finish_epoch(run, experiment, train, validation):
+def finish_epoch(run, experiment, train, validation, knn_accuracy, seconds):
     """The epoch's row of the CSV, its line on the screen, and the checkpoint at its end."""
     row = {
         "epoch": run.epoch,
@@ -471,15 +640,24 @@ def finish_epoch(run, experiment, train, validation):
         "val_acc": validation[1],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "images_per_second": round(run.train_count / run.seconds, 1),
+        "seconds": round(seconds, 2),
+        "knn_acc": knn_accuracy,
     }
     run.rows.append(row)
     text = f"epoch {run.epoch}/{run.args.epochs}: loss {train[0]:.4f}, pretext {train[1]:.2%}"
     if validation[0] is not None:
         text += f", validation loss {validation[0]:.4f}, pretext {validation[1]:.2%}"
+    if knn_accuracy is not None:
+        text += knn_text([row])
     print(f"{text}, {row['images_per_second']} images/s", flush=True)
     run.epoch, run.step = run.epoch + 1, 0
     experiment.save_checkpoint(state_of(run))
     experiment.write_rows(run.rows)
+    if run.writer:
+        for name, value in row.items():
+            if value is not None:
+                run.writer.add_scalar(name, value, row["epoch"])
+        run.writer.flush()
 
 
 def export(run, experiment):
@@ -487,15 +665,20 @@ def export(run, experiment):
 
     The batch-norm statistics that it is used with are those of whole images as they are, not of augmented ones.
     """
-    images = run.images[: min(run.train_count, STATISTICS_IMAGES)]
-    with torch.compiler.set_stance("force_eager"), autocast(run.device, run.precision):
-        estimate_statistics(run.model.trunk, images, run.args.batch_size)
+    with torch.compiler.set_stance("force_eager"):
+        whole_image_statistics(run, run.model.trunk)
+    if rank():
+        return
     with whole_file(experiment.model) as file:
         torch.save(
             {
                 "kind": "PIRL weights",
+                "stem": run.args.stem,
                 **{name: cpu_state(module) for name, module in parts(run.model).items()},
                 "settings": settings_of(run.args),
+                "images": run.train_count,
+                "rows": run.rows,
+                "machine": machine(run.device),
                 "pixel_mean": MEAN,
                 "pixel_std": STD,
             },

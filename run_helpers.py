@@ -7,36 +7,60 @@ import errno
 import fcntl
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
+from torch import distributed
 
 
 class UserError(Exception):
     """Something that the user can put right. Its text reads "what is wrong: what to do"."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing needs to be finished first."""
+
+
+def terminated(number, frame):
+    raise Terminated
+
+
 def run_script(main):
     """Call main(); whatever the user can mend ends the script with one line on standard error and status 1."""
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("error: interrupted: the same command does the rest", file=sys.stderr)
-        sys.exit(130)
+        end(str(error))
+    except KeyboardInterrupt as error:
+        end("interrupted: the same command does the rest", 143 if isinstance(error, Terminated) else 130)
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: choose a smaller --batch-size, or free the card")
+        end("the GPU's memory is full: choose a smaller --batch-size, or free the card")
     except (OSError, RuntimeError) as error:
         reason = storage_error(error)
+        if isinstance(error, distributed.DistError) or (world_size() > 1 and "gloo" in str(error)):
+            reason = "another rank of this job has ended: go on with --resume True and the same command"
         if reason is None:
             raise
-        sys.exit(f"error: {reason}")
+        end(reason)
+
+
+def end(line, status=1):
+    """End the process with one line on standard error; of several ranks, the first to come here prints its line."""
+    if first_to_end():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    if world_size() > 1:
+        os._exit(status)  # the interpreter's own end would wait for ranks that are gone
+    sys.exit(status)
 
 
 def storage_error(error):
@@ -62,6 +86,39 @@ def storage_error(error):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ranks: the processes of one job, started by torchrun
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(device):
+    """Meet the other ranks: NCCL carries what is on GPUs, gloo what is on CPUs. Only rank 0 is heard from now on."""
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if world_size() > 1:
+        distributed.init_process_group(device_id=device if device.type == "cuda" else None)
+
+
+def first_to_end():
+    """Whether no other rank has ended with an error before, by a count that the launcher keeps."""
+    if world_size() == 1:
+        return True
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return rank() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -81,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+        self.exit(2, f"error: {message}: see {self.prog} --help\n" if rank() == 0 else None)
 
     def add_switch(self, name, default, help):
         self.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
@@ -137,6 +194,12 @@ def add_run_arguments(parser, experiment):
         "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on cuda, fp32 on cpu"
     )
     parser.add_switch("--resume", False, help="go on from <experiment>.ckpt")
+    parser.add_argument(
+        "--checkpoint-minutes", type=number(float, 0), default=10.0, help="within an epoch; one is always at its end"
+    )
+    parser.add_switch(
+        "--deterministic", False, help="on cuda: the same bits every time, slower; a cpu does that anyway"
+    )
 
 
 def note_incomplete(data_dir):
@@ -159,10 +222,29 @@ def choose_device(args):
     """args.device -> torch.device; sets the process's numeric switches for it."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA GPU: use --device cpu, or check the driver")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # convolutions in float32 use TF32, torch's default; products do not
+    device = torch.device("cpu")
+    if args.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"there is no GPU for rank {device.index}: give torchrun a smaller --nproc-per-node")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not args.deterministic
+        # Convolutions in float32 use TF32, which is torch's default; the products of loss and bank do not.
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     return device
+
+
+def machine(device):
+    """Where a run took place, for its record: plain strings and numbers."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def choose_precision(args, device):
@@ -224,8 +306,18 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+def check_space(folder, needed, there=0):
+    """Refuse to begin what will write `needed` bytes to a folder's disk, of which `there` bytes are there already."""
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise UserError(
+            f"{folder} has {free / 1e6:.0f} MB of free disk, and {(needed - there) / 1e6:.0f} MB more will be written: "
+            "make room, or choose another folder"
+        )
+
+
 class Experiment:
-    """The files of one experiment, held by one process at a time.
+    """The files of one experiment, held by one process (or job) at a time; of several ranks, rank 0 writes.
 
     <weights-dir>/<name>.pt is the finished model, <name>.ckpt (and <name>.previous.ckpt, the one before it) what
     --resume needs, <observations-dir>/<name>_observations.csv a row per epoch.
@@ -237,6 +329,8 @@ class Experiment:
         self.checkpoint = args.weights_dir / f"{self.name}.ckpt"
         self.previous = args.weights_dir / f"{self.name}.previous.ckpt"
         self.observations = args.observations_dir / f"{self.name}_observations.csv"
+        if rank():
+            return
         args.weights_dir.mkdir(parents=True, exist_ok=True)
         args.observations_dir.mkdir(parents=True, exist_ok=True)
         lock = args.weights_dir / f".{self.name}.lock"
@@ -253,15 +347,27 @@ class Experiment:
         return [f for f in (self.model, self.checkpoint, self.previous, self.observations) if f.exists()]
 
     def refuse_taken_name(self):
-        if files := self.files():
+        if rank() == 0 and (files := self.files()):
             raise UserError(
                 f"the name {self.name} is taken ({files[0]} exists): go on with it by --resume True, or choose another "
                 "--experiment-name"
             )
 
+    def check_space(self, model, optimizer_copies, further):
+        """Refuse to begin if the disk cannot take the run's files: model, checkpoint, the one before, the next one."""
+        size = sum(value.nbytes for value in model.state_dict().values())
+        files = [file for file in self.files() if file != self.observations]
+        check_space(
+            self.model.parent,
+            size + 3 * (size * (1 + optimizer_copies) + further),
+            sum(file.stat().st_size for file in files),
+        )
+
     def save_checkpoint(self, state):
         """Write `state`, read it back, and only then let it take the last checkpoint's place, which is kept."""
-        part = self.checkpoint.with_name(f".{self.name}.ckpt.part")
+        if rank():
+            return
+        part = self.checkpoint.with_name(f".{self.name}.ckpt.new")
         with whole_file(part) as file:
             torch.save({"kind": self.kind, **state}, file)
         if reason := damage(part):
@@ -284,9 +390,10 @@ class Experiment:
                     problem = error
         if state is None and problem:
             raise problem
-        if problem:
+        if problem and rank() == 0:
             print(f"warning: {problem}; going on from {path}, the one before", file=sys.stderr)
         if state is not None:
+            check_fields(state, {"settings": dict}, path)
             then = state["settings"]
             differ = [
                 f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
@@ -302,6 +409,8 @@ class Experiment:
 
     def write_rows(self, rows):
         """All epochs so far, a dict each, as the CSV."""
+        if rank():
+            return
         with whole_file(self.observations, "w") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
@@ -336,6 +445,33 @@ def read_torch_file(path, kind):
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} file of this project: name one that is")
     return state
+
+
+def check_fields(state, expected, path):
+    """Refuse a file of ours in which a field is missing or not as expected: a type, or the shape of a tensor."""
+    for name, what in expected.items():
+        value = state.get(name)
+        if isinstance(what, type):
+            good = isinstance(value, what)
+        else:
+            good = (
+                isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(what) and value.dtype.is_floating_point
+            )
+        if not good:
+            raise UserError(f"{path} is damaged ({name} is not what it should be): use another copy")
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an optimiser's state after checking that its momentum fits the parameters."""
+    try:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is not None and buffer.shape != parameter.shape:
+                    raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{path} is damaged (its optimiser's state does not fit): use another copy") from None
 
 
 def find_weights(name, weights_dir):

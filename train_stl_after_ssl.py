@@ -6,6 +6,7 @@
 Without --pirl-model-name the trunk starts at random: the baseline that shows what pretraining brought.
 """
 
+import fcntl
 import os
 import shlex
 import sys
@@ -20,16 +21,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from dataset_helpers import (
+    CLASSES,
     LABELLED_VIEW_DRAWS,
     MEAN,
     STD,
     labelled_view,
     load_labelled,
-    normalised,
+    progress_bar,
     stratified_split,
     uniform_draws,
 )
-from models import Classifier, estimate_statistics, make_trunk
+from models import Classifier, estimate_statistics, make_trunk, neighbour_accuracy, trunk_features
 from run_helpers import (
     INITIAL_WEIGHTS,
     ORDER,
@@ -37,34 +39,41 @@ from run_helpers import (
     Experiment,
     Parser,
     StopSignal,
+    Ticker,
     UserError,
     add_run_arguments,
     autocast,
+    check_fields,
     choose_device,
     choose_precision,
     cpu_state,
     derived_seed,
     find_weights,
     generator,
+    load_optimizer,
     load_weights,
+    machine,
     note_incomplete,
     number,
+    rank,
     read_torch_file,
     run_script,
     settings_of,
     whole_file,
+    world_size,
 )
 
-CLASSES = 10
 FEATURE_SPREAD = 0.25  # standard deviation; with it --lr 0.01 and 0.1 reach the same accuracy, with 1 they do not
-SOFTMAX, FULL = "only the softmax layer", "the whole network"
+NEIGHBOURS, SOFTMAX, FULL = "nearest neighbours, nothing trained", "only the softmax layer", "the whole network"
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "full_fine_tune"}
+MAY_DIFFER |= {"checkpoint_minutes"}
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add_run_arguments(parser, experiment="e1_pirl_sup_")
     add = parser.add_argument
+    add("--stem", choices=["imagenet", "small"], help="of a random trunk (default: imagenet, or that of the weights)")
     add("--pirl-model-name", help="a path, or a name under the weights folder (default: a random trunk)")
     parser.add_switch("--full-fine-tune", False, "train the whole network after the softmax layer")
     add("--batch-size", type=number(int, 1), default=128, help="images per step")
@@ -86,6 +95,11 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if world_size() > 1:
+        if rank():
+            return
+        print(f"fine-tuning is small: one process does it, the other {world_size() - 1} end here")
+        os.environ["WORLD_SIZE"] = "1"
     device = choose_device(args)
     experiment = Experiment(args, "labelled checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
@@ -94,14 +108,14 @@ def main():
     run = start_run(args, device)
     if checkpoint is not None:
         resume(run, checkpoint, experiment)
+    experiment.check_space(run.model, 2, 0)  # momentum, and the best epoch's weights
     announce(run)
-    stop = StopSignal()
     if SOFTMAX not in run.results:
-        train_softmax_layer(run, stop)
+        train_softmax_layer(run)
         experiment.save_checkpoint(state_of(run))
         experiment.write_rows(run.rows)
     if args.full_fine_tune and FULL not in run.results:
-        train_whole_network(run, experiment, stop)
+        train_whole_network(run, experiment, StopSignal())
         experiment.save_checkpoint(state_of(run))
     report(run, experiment)
 
@@ -124,6 +138,7 @@ class Run:
     model: Classifier
     results: dict = field(default_factory=dict)  # strategy -> (validation accuracy, test accuracy)
     rows: list = field(default_factory=list)  # of the CSV
+    seconds: dict = field(default_factory=dict)  # strategy -> time that it took
     full_stage: dict = None  # where the full stage stands
 
 
@@ -132,7 +147,8 @@ def start_run(args, device):
     path = None if args.pirl_model_name is None else find_weights(args.pirl_model_name, args.weights_dir)
     pretrained = read_torch_file(path, "PIRL weights") if path else None
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
-    trunk, dimension = make_trunk(args.model_type)
+    stem = args.stem or (pretrained or {}).get("stem", "imagenet")
+    trunk, dimension = make_trunk(args.model_type, stem)
     if pretrained:
         load_weights(trunk, pretrained.get("trunk"), path)
         then = pretrained.get("settings", {}).get("image_size")
@@ -190,30 +206,33 @@ def steps_per_epoch(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_softmax_layer(run, stop):
+def train_softmax_layer(run):
     """Train the linear layer on the frozen trunk's features of two views, the image and its mirror image."""
+    started = time.monotonic()
     features = torch.stack([features_of(run, run.images, flip) for flip in (False, True)])  # [2, N, d]
+    test_features = features_of(run, run.test_images)
+    known, known_labels = features[0, run.train], run.labels[run.train]
+    run.results[NEIGHBOURS] = tuple(
+        neighbour_accuracy(known, known_labels, queries, labels, CLASSES)
+        for queries, labels in (
+            (features[0, run.validation], run.labels[run.validation]),
+            (test_features, run.test_labels),
+        )
+    )
     mean, scale = standardisation(features[:, run.train])
     features = (features - mean) / scale
-    layer, fit = fit_softmax_layer(features, run.labels, run.train, run.validation, run.args, stop)
+    layer, fit = fit_softmax_layer(features, run.labels, run.train, run.validation, run.args)
     run.rows += fit["rows"]
     fold_standardisation(layer, mean, scale, run.model.softmax_layer)
-    test_accuracy = evaluate(run, run.test_images, run.test_labels)[1]
-    run.results[SOFTMAX] = (fit["val_acc"], test_accuracy)
+    with torch.no_grad():
+        hits = run.model.softmax_layer(test_features).argmax(1) == run.test_labels
+    run.results[SOFTMAX] = (fit["val_acc"], hits.float().mean().item())
+    run.seconds[SOFTMAX] = time.monotonic() - started
     print(f"{SOFTMAX}: accuracy {fit['val_acc']:.2%} on validation in the best of {run.args.epochs} epochs", flush=True)
 
 
-@torch.no_grad()
 def features_of(run, images, flip=False):
-    """The trunk's features in eval mode (running statistics): uint8 [N, 3, S, S] -> float32 [N, d]."""
-    run.model.eval()
-    features = []
-    bar = tqdm(total=len(images), desc="features", unit=" images", disable=None, dynamic_ncols=True, leave=False)
-    with autocast(run.device, run.precision), bar:
-        for batch in images.split(run.args.batch_size):
-            features.append(run.model.trunk(normalised(batch.flip(3) if flip else batch)).float())
-            bar.update(len(batch))
-    return torch.cat(features)
+    return trunk_features(run.model.trunk, images, run.args.batch_size, run.precision, flip)
 
 
 def standardisation(features):
@@ -229,7 +248,7 @@ def fold_standardisation(layer, mean, scale, target):
         target.bias.copy_(layer.bias - (layer.weight / scale) @ mean)
 
 
-def fit_softmax_layer(features, labels, train, validation, args, stop=None):
+def fit_softmax_layer(features, labels, train, validation, args):
     """Logistic regression by SGD, from zero; the weights of the epoch with the best validation accuracy.
 
     features [V, N, d]: V views of all images, of which each epoch takes one per image; train and validation index N
@@ -258,7 +277,6 @@ def fit_softmax_layer(features, labels, train, validation, args, stop=None):
             loss = F.cross_entropy(logits, labels[validation])
             means = torch.stack([sums / len(train), batch_sums(logits, labels[validation], loss) / len(validation)])
         rows.append(row_of("softmax", epoch, means.tolist(), optimizer, None))
-        stop_if_asked(stop, "the softmax stage begins anew")
         if not means.isfinite().all():
             raise UserError(f"the loss is not finite in epoch {epoch} of {SOFTMAX}: lower --lr")
         schedule.step(rows[-1]["val_loss"])
@@ -308,50 +326,61 @@ def train_whole_network(run, experiment, stop):
         model.parameters(), lr=args.full_lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
     schedule = ReduceLROnPlateau(optimizer, patience=args.patience_for_lr_decay)
-    best, first = {"val_acc": -1.0, "epoch": 0}, 1
+    stage = run.full_stage or {"epoch": 1, "step": 0, "sums": torch.zeros(2), "best": {"val_acc": -1.0, "epoch": 0}}
     if run.full_stage:
-        optimizer.load_state_dict(run.full_stage["optimizer"])
-        schedule.load_state_dict(run.full_stage["schedule"])
-        best, first = run.full_stage["best"], run.full_stage["epoch"] + 1
-    for epoch in range(first, args.full_epochs + 1):
-        started = time.monotonic()
-        train = train_epoch(run, experiment, optimizer, epoch, stop)
-        speed = round(len(run.train) / (time.monotonic() - started), 1)
-        validation = evaluate(run, run.images[run.validation], run.labels[run.validation])
-        run.rows.append(row_of("full", epoch, (train, validation), optimizer, speed))
-        schedule.step(validation[0])
-        if validation[1] > best["val_acc"]:
-            best = {"val_acc": validation[1], "epoch": epoch, "model": cpu_state(model)}
-        run.full_stage = {
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "best": best,
-            "epoch": epoch,
-        }
+        expected = {"epoch": int, "step": int, "sums": (2,), "best": dict, "optimizer": dict, "schedule": dict}
+        check_fields(stage, expected, experiment.checkpoint)
+        load_optimizer(optimizer, stage["optimizer"], experiment.checkpoint)
+        schedule.load_state_dict(stage["schedule"])
+    run.full_stage, stage["sums"] = stage, stage["sums"].to(run.device)
+    last_kept = time.monotonic()
+
+    def keep():
+        nonlocal last_kept
+        now = time.monotonic()
+        run.seconds[FULL], last_kept = run.seconds.get(FULL, 0.0) + now - last_kept, now
+        stage.update(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
         experiment.save_checkpoint(state_of(run))
-        experiment.write_rows(run.rows)
+
+    while stage["epoch"] <= args.full_epochs:
+        train, speed = train_epoch(run, experiment, optimizer, keep, stop)
+        validation = evaluate(run, run.images[run.validation], run.labels[run.validation])
+        run.rows.append(row_of("full", stage["epoch"], (train, validation), optimizer, speed))
+        schedule.step(validation[0])
+        if validation[1] > stage["best"]["val_acc"]:
+            stage["best"] = {"val_acc": validation[1], "epoch": stage["epoch"], "model": cpu_state(model)}
         print(
-            f"{FULL}, epoch {epoch}/{args.full_epochs}: loss {train[0]:.4f}, accuracy {train[1]:.2%}, "
+            f"{FULL}, epoch {stage['epoch']}/{args.full_epochs}: loss {train[0]:.4f}, accuracy {train[1]:.2%}, "
             f"validation loss {validation[0]:.4f}, accuracy {validation[1]:.2%}, {speed} images/s",
             flush=True,
         )
-    model.load_state_dict(best["model"])
-    run.results[FULL] = (best["val_acc"], evaluate(run, run.test_images, run.test_labels)[1])
+        stage.update(epoch=stage["epoch"] + 1, step=0, sums=torch.zeros(2, device=run.device))
+        keep()
+        experiment.write_rows(run.rows)
+    load_weights(model, stage["best"].get("model"), experiment.checkpoint)
+    run.results[FULL] = (stage["best"]["val_acc"], evaluate(run, run.test_images, run.test_labels)[1])
     run.full_stage = None
 
 
-def train_epoch(run, experiment, optimizer, epoch, stop):
-    """One pass over the augmented training images: (mean loss, accuracy)."""
-    args, model = run.args, run.model
+def train_epoch(run, experiment, optimizer, keep, stop):
+    """The rest of the epoch over the augmented training images: ((mean loss, accuracy), images per second).
+
+    Calls keep() every --checkpoint-minutes, and on a signal before the process ends.
+    """
+    args, model, stage = run.args, run.model, run.full_stage
+    epoch, first = stage["epoch"], stage["step"]
     draws = uniform_draws(len(run.images), LABELLED_VIEW_DRAWS, args.seed, VIEWS, epoch, device=run.device)
     order, _ = epoch_order(run.train, 1, args.seed, epoch)
-    sums = torch.zeros(2, device=run.device)
+    due, started = Ticker(60 * args.checkpoint_minutes), time.monotonic()
     model.train()
-    bar = tqdm(
-        total=len(order), desc=f"{FULL}, epoch {epoch}", unit=" images", disable=None, dynamic_ncols=True, leave=False
-    )
-    with bar:
-        for index in order.split(args.batch_size):
+    with progress_bar(len(order), f"{FULL}, epoch {epoch}", " images", first * args.batch_size) as bar:
+        for index in order.split(args.batch_size)[first:]:
+            if stop.number or due.due():
+                check_finite(run, experiment)
+                keep()
+            if stop.number:
+                print(f"stopped in epoch {epoch} of {FULL}; --resume True with the same command goes on")
+                sys.exit(128 + stop.number)
             view = labelled_view(run.images.index_select(0, index).float(), draws[index])
             with autocast(run.device, run.precision):
                 logits = model(view)
@@ -359,16 +388,22 @@ def train_epoch(run, experiment, optimizer, epoch, stop):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            sums += batch_sums(logits, run.labels[index], loss)
+            stage["sums"] += batch_sums(logits, run.labels[index], loss)
+            stage["step"] += 1
             bar.update(len(index))
-            stop_if_asked(stop, f"epoch {epoch} of {FULL} begins anew")
-    loss, hits = (sums / len(order)).tolist()
-    if not loss < float("inf"):
+    check_finite(run, experiment)
+    speed = (len(order) - first * args.batch_size) / (time.monotonic() - started)
+    return (stage["sums"] / len(order)).tolist(), round(speed, 1)
+
+
+def check_finite(run, experiment):
+    """End the run, before anything is kept, if the losses of this epoch so far or the weights are not finite."""
+    values = [run.full_stage["sums"], *run.model.state_dict().values()]
+    if not torch.stack([value.isfinite().all() for value in values]).all():
         raise UserError(
-            f"the loss is not finite in epoch {epoch} of {FULL}: lower --full-lr (the last checkpoint, "
-            f"{experiment.checkpoint}, is good)"
+            f"the loss is not finite in epoch {run.full_stage['epoch']} of {FULL}, before step "
+            f"{run.full_stage['step'] + 1}: lower --full-lr (the last checkpoint, {experiment.checkpoint}, is good)"
         )
-    return loss, hits
 
 
 @torch.no_grad()
@@ -376,13 +411,6 @@ def evaluate(run, images, labels):
     """(mean loss, accuracy) of the network in eval mode on images as they are, uint8 [N, 3, S, S]."""
     logits = run.model.softmax_layer(features_of(run, images))
     return (batch_sums(logits, labels, F.cross_entropy(logits, labels)) / len(labels)).tolist()
-
-
-def stop_if_asked(stop, what):
-    """End the process on a signal: what is needed to go on has been written already."""
-    if stop and stop.number:
-        print(f"stopped; with the same command and --resume True, {what}")
-        sys.exit(128 + stop.number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +425,7 @@ def state_of(run):
         "images": run.checksum,
         "model": run.model.state_dict(),
         "results": run.results,
+        "seconds": run.seconds,
         "rows": run.rows,
         "full_stage": run.full_stage,
     }
@@ -408,8 +437,11 @@ def resume(run, checkpoint, experiment):
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
+    expected = {"model": dict, "results": dict, "rows": list, "seconds": dict}
+    check_fields(checkpoint, expected, experiment.checkpoint)
     load_weights(run.model, checkpoint["model"], experiment.checkpoint)
     run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint["full_stage"]
+    run.seconds = checkpoint["seconds"]
     experiment.write_rows(run.rows)
     print(f"going on from {experiment.checkpoint}")
 
@@ -421,12 +453,16 @@ def report(run, experiment):
         torch.save(
             {
                 "kind": "labelled weights",
+                "stem": "small" if run.model.trunk.conv1.stride == (1, 1) else "imagenet",
                 "trunk": {name[6:]: value for name, value in state.items() if name.startswith("trunk.")},
                 "softmax_layer": {
                     name[14:]: value for name, value in state.items() if name.startswith("softmax_layer.")
                 },
                 "settings": settings_of(run.args),
                 "results": run.results,
+                "seconds": run.seconds,
+                "rows": run.rows,
+                "machine": machine(run.device),
                 "pixel_mean": MEAN,
                 "pixel_std": STD,
             },
@@ -435,13 +471,20 @@ def report(run, experiment):
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
     for strategy, (validation, test) in run.results.items():
         table += f"{strategy}, {run.trunk_name} | {validation:.2%} | {test:.2%}\n"
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     results = run.args.observations_dir / "results.md"
-    with open(results, "a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    add_to_results(results, experiment.name, table)
     print(f"\n{table}\nwrote {experiment.model}, {experiment.observations} and {results}")
+
+
+def add_to_results(results, name, table):
+    """Add a run's table to results.md, unless it stands there already: a finished run may be resumed."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    with open(results.with_name(".results.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other runs write their tables here, too
+        text = results.read_text() if results.exists() else ""
+        if f"## {name}\n" not in text or table not in text[text.rindex(f"## {name}\n") :]:
+            with whole_file(results, "w") as file:
+                file.write(f"{text}## {name}\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n")
 
 
 if __name__ == "__main__":

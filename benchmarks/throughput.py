@@ -37,8 +37,8 @@ def parse_args(argv=None):
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="as in training")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in training")
     parser.add_switch("--compile", False, "as in training")
-    add("--rounds", type=number(int, 1), default=7, help="of each of the three")
-    add("--steps", type=number(int, 1), default=2, help="per round")
+    add("--rounds", type=number(int, 1), default=5, help="of each of the three")
+    add("--steps", type=number(int, 1), default=6, help="per round, after one that does not count")
     add("--workers", type=number(int, 0), default=len(os.sched_getaffinity(0)), help="of the conventional pipeline")
     parser.add_switch("--conventional", True, "measure the conventional pipeline too")
     add("--trace", type=Path, help="write a torch.profiler trace of two steps here")
@@ -49,10 +49,10 @@ def main():
     args = parse_args()
     device = choose_device(args)
     run = make_run(args, device)
-    contestants = {"bare network": bare_step(run), "training step": our_step(run)}
+    contestants = {"bare network": bare_network, "training step": training_step}
     if args.conventional:
-        contestants["conventional pipeline"] = conventional_step(run, args)
-    speeds = measure(contestants, args, device)
+        contestants["conventional pipeline"] = conventional_pipeline
+    speeds = measure(contestants, run, args)
     print_table(args, run, speeds)
     print_stages(run, device)
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def make_run(args, device):
     return run
 
 
-def our_step(run):
+def training_step(run, args=None):
     """The very function that the training loop calls, on another batch each time."""
     draws = pirl.view_draws(run, 1)
     batches = torch.randperm(IMAGES, generator=generator("cpu", 1)).to(run.device).split(run.args.batch_size)
@@ -98,7 +98,7 @@ def optimise(run, loss):
     run.optimizer.step()
 
 
-def bare_step(run):
+def bare_network(run, args=None):
     batch, side = run.args.batch_size, run.images.shape[-1]
     patch = jigsaw.patch_sizes(side)[1]
     images = torch.randn(batch, 3, side, side, device=run.device).to(memory_format=torch.channels_last)
@@ -146,24 +146,17 @@ class PerImageViews(Dataset):
         return i, self.image_view(image), torch.stack(patches)
 
 
-def conventional_step(run, args):
-    dataset = PerImageViews(run.images.cpu())
-    options = {"persistent_workers": True} if args.workers else {}
+def conventional_pipeline(run, args):
+    """Its workers live for a round: they neither disturb the others nor work ahead while those are measured."""
     loader = DataLoader(
-        dataset,
+        PerImageViews(run.images.cpu()),
         args.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=args.workers,
         pin_memory=run.device.type == "cuda",
-        **options,
     )
-
-    def endless():
-        while True:
-            yield from loader
-
-    batches = endless()
+    batches = iter(loader)
 
     def step():
         index, view, patches = (part.to(run.device, non_blocking=True) for part in next(batches))
@@ -189,18 +182,20 @@ def finish(device):
         torch.cuda.synchronize()
 
 
-def measure(contestants, args, device):
-    """Images per second of each round of each contestant, in turn; one round before them does not count."""
+def measure(contestants, run, args):
+    """Images per second of each round of each contestant, in turn."""
     speeds = {name: [] for name in contestants}
-    for round_ in range(args.rounds + 1):
-        for name, step in contestants.items():
-            finish(device)
+    for _ in range(args.rounds):
+        for name, contestant in contestants.items():
+            step = contestant(run, args)
+            step()
+            finish(run.device)
             started = time.perf_counter()
             for _ in range(args.steps):
                 step()
-            finish(device)
-            if round_:
-                speeds[name].append(args.steps * args.batch_size / (time.perf_counter() - started))
+            finish(run.device)
+            speeds[name].append(args.steps * args.batch_size / (time.perf_counter() - started))
+            del step  # ends the conventional pipeline's workers
     return speeds
 
 
@@ -268,9 +263,10 @@ def print_device_share(run, speeds):
     """The bf16 rate that the step reaches against what a large matrix product reaches on this card, and peak memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    step = bare_network(run)
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        bare_step(run)()
-    step = our_step(run)
+        step()
+    step = training_step(run)
     torch.cuda.reset_peak_memory_stats()
     step()
     step()
@@ -296,7 +292,7 @@ def write_trace(run, path):
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.device.type == "cuda")
-    step = our_step(run)
+    step = training_step(run)
     step()
     with profile(activities=activities) as profiler:
         step()

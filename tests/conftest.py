@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -112,4 +113,4 @@ def tiny(data_dir, tmp_path):
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

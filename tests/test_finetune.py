@@ -114,7 +114,9 @@ def test_the_reported_accuracy_is_that_of_the_written_weights(call, tiny, tmp_pa
     assert accuracy == pytest.approx(state["results"]["the whole network"][1], abs=1e-6)
 
 
-def test_resume_is_exact(call, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_after", [0, 2, 4, 6, 11])
+def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch, stop_after):
+    """4 steps per epoch: stopped before, in and between epochs of the full stage."""
     flags = ("--full-fine-tune", "--epochs", 3)
     assert call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "whole").status == 0
     steps = []
@@ -122,8 +124,8 @@ def test_resume_is_exact(call, tiny, tmp_path, monkeypatch):
     class StopLater(StopSignal):
         @property
         def number(self):
-            steps.append(1)
-            return 2 if len(steps) >= 12 else None
+            steps.append(1)  # it is asked twice per step
+            return 2 if len(steps) > 2 * stop_after + 1 else None
 
         number = number.setter(lambda self, value: None)
 
@@ -131,7 +133,7 @@ def test_resume_is_exact(call, tiny, tmp_path, monkeypatch):
         patch.setattr(labelled, "StopSignal", StopLater)
         outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves")
     assert outcome.status == 130
-    assert "begins anew" in outcome.out
+    assert "--resume True" in outcome.out
     outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves", "--resume")
     assert outcome.status == 0, outcome.err
     whole, halves = weights(tmp_path, "whole"), weights(tmp_path, "halves")

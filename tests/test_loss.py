@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pirl_stl_train_test import candidate_logits, modified_nce, nce, pirl_loss
+from pirl_stl_train_test import candidate_logits, modified_nce, nce, parse_args, pirl_loss
 
 
 def unit(*shape, seed=0):
@@ -48,8 +48,8 @@ def settings(loss="modified-nce", positive="bank", loss_weight=0.5, temp_paramet
 @pytest.mark.parametrize("tau", [0.07, 0.5])
 @pytest.mark.parametrize("loss", ["modified-nce", "nce"])
 @pytest.mark.parametrize("positive", ["bank", "pair"])
-@pytest.mark.parametrize("weight", [0.5, 0.2])
-def test_loss_and_gradients_against_loops(loss, positive, weight, tau):
+@pytest.mark.parametrize(("weight", "fresh"), [(0.5, False), (0.2, False), (0.2, True)])
+def test_loss_and_gradients_against_loops(loss, positive, weight, fresh, tau):
     batch, count = 3, 7
     f = torch.randn(batch, 128, dtype=torch.float64, requires_grad=True)
     g = torch.randn(batch, 128, dtype=torch.float64, requires_grad=True)
@@ -60,6 +60,7 @@ def test_loss_and_gradients_against_loops(loss, positive, weight, tau):
     slow = []
     for i in range(batch):
         others = [m for k, m in enumerate(negatives) if not hidden[i, k]]
+        others += [f[j] for j in range(batch) if j != i] if fresh else []
         partner = memory[i] if positive == "bank" else f[i]
         term_g, term_f = LOOPS[loss](partner, g[i], others, tau), LOOPS[loss](memory[i], f[i], others, tau)
         slow.append(weight * term_g + (1 - weight) * term_f)
@@ -67,7 +68,9 @@ def test_loss_and_gradients_against_loops(loss, positive, weight, tau):
     expected = torch.autograd.grad(slow.sum(), (f, g))
 
     f32, g32 = (x.detach().float().requires_grad_() for x in (f, g))
-    fast, _ = pirl_loss(f32, g32, memory.float(), negatives.float(), hidden, settings(loss, positive, weight, tau))
+    args = settings(loss, positive, weight, tau)
+    fresh = (f32, torch.eye(batch, dtype=torch.bool)) if fresh else None
+    fast, _ = pirl_loss(f32, g32, memory.float(), negatives.float(), hidden, args, fresh)
     gradients = torch.autograd.grad(fast.sum(), (f32, g32))
     assert fast.dtype == torch.float32
     torch.testing.assert_close(fast.double(), slow, rtol=1e-5, atol=1e-5)
@@ -142,3 +145,40 @@ def test_hits_are_of_g_against_the_bank(positive):
     hidden[1, 3] = True  # the rival is the image's own entry
     negatives[[0, 1, 2, 4, 5]] = -memory[1]
     assert pirl_loss(f, g, memory, negatives, hidden, settings(positive=positive))[1].tolist()[1]
+
+
+@pytest.mark.parametrize("loss", ["modified-nce", "nce"])
+def test_the_default_loss_cannot_be_solved_by_age(loss):
+    """All current vectors alike but for one shift against all stale ones: the loss is that of chance or above.
+
+    With --positive pair alone, the same vectors, which tell no image from another, solve the jigsaw term.
+    """
+    old, new = unit(2, 128, seed=11).float()
+    memory, negatives, fresh = old.repeat(4, 1), old.repeat(50, 1), new.repeat(4, 1)
+    hidden = torch.zeros(4, 50, dtype=torch.bool)
+    chance, _ = pirl_loss(memory, memory, memory, negatives, hidden, settings(loss))
+
+    def jigsaw_term(positive, batch_negatives=False):
+        args = settings(loss, positive, loss_weight=1.0)
+        batch = (fresh, torch.eye(4, dtype=torch.bool)) if batch_negatives else None
+        return pirl_loss(fresh, fresh, memory, negatives, hidden, args, batch)[0]
+
+    defaults = parse_args([])
+    by_default = jigsaw_term(defaults.positive, defaults.batch_negatives)
+    assert (by_default > 1.0).all(), "no image can be told from the others, so the loss must not be near 0"
+    torch.testing.assert_close(jigsaw_term(positive="bank"), chance, rtol=1e-4, atol=1e-4)
+    assert (jigsaw_term(positive="pair") < 0.01).all()
+    if loss == "modified-nce":
+        alike = jigsaw_term(positive="pair", batch_negatives=True)  # the batch alone is left to tell apart
+        torch.testing.assert_close(alike, torch.full((4,), math.log(4)), rtol=1e-4, atol=0)
+
+
+def test_nothing_to_compare_with_gives_no_gradient():
+    """In the first step of --bank-start visited every negative is hidden."""
+    f, g = torch.randn(3, 128, requires_grad=True), torch.randn(3, 128, requires_grad=True)
+    hidden = torch.ones(3, 6, dtype=torch.bool)
+    for loss in LOOPS:
+        value, _ = pirl_loss(f, g, unit(3, 128).float(), unit(6, 128).float(), hidden, settings(loss))
+        gradients = torch.autograd.grad(value.sum(), (f, g))
+        assert value.abs().max() < 1e-5
+        assert all(gradient.isfinite().all() and gradient.abs().max() < 1e-5 for gradient in gradients)

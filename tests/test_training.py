@@ -16,7 +16,7 @@ from dataset_helpers import normalised
 from models import PIRL
 from run_helpers import StopSignal
 
-CHANGING = {"images_per_second"}  # columns that depend on the machine's speed
+CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
 
 
 def weights(tmp_path, name):

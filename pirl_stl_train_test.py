@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
-from torch.distributed.nn.functional import all_gather
 
 from dataset_helpers import (
     CLASSES,
@@ -110,7 +109,7 @@ def parse_args(argv=None):
     parser.add_switch("--batch-negatives", False, "the fresh f(φ(I)) of the batch's other images are negatives too")
     add(
         "--bank-start",
-        choices=["features", "random", "visited"],
+        choices=["features", "random", "visited", "centred", "whitened"],
         default="features",
         help="a forward pass; random vectors; or a forward pass, but images are negatives only once they were visited",
     )
@@ -263,7 +262,8 @@ def forward(run, index, draws, step_key):
 
     Of several ranks each does its share of the batch: its losses and hits are [B / ranks], the vectors are all ranks'.
     """
-    args, share = run.args, index.tensor_split(run.ranks)[rank()]
+    args, shares = run.args, index.tensor_split(run.ranks)
+    share = shares[rank()]
     mine = share if len(share) else index[:1]  # all ranks take part in the step; this one's part will not count
     images = run.images.index_select(0, mine).float()
     image_draws, jigsaw_draws = draws.index_select(0, mine).split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
@@ -274,7 +274,10 @@ def forward(run, index, draws, step_key):
     network = run.network if run.model.training else run.model
     with torch.compiler.set_stance("default" if full else "force_eager"), autocast(run.device, run.precision):
         image_vectors, patch_vectors = network(view, patches)
-    all_vectors = gathered(image_vectors.float()[: len(share)], len(index), run.ranks)
+    all_vectors = image_vectors.float()
+    if run.ranks > 1:
+        whole, first = all_vectors.new_zeros(len(index), VECTOR_SIZE), sum(map(len, shares[: rank()]))
+        all_vectors = Gathered.apply(all_vectors[: len(share)], whole, first)
     draw = generator(run.device, args.seed, NEGATIVES, *step_key)  # the same negatives on all ranks
     negatives, hidden = run.bank.draw_negatives(mine, run.negatives, draw)
     memory, fresh = run.bank.vectors[mine], None
@@ -285,13 +288,23 @@ def forward(run, index, draws, step_key):
     return all_vectors.detach(), losses * counts, hits * counts
 
 
-def gathered(vectors, count, ranks):
-    """The rows of all ranks' shares of a batch of `count` images, in the batch's order. Gradients flow back to each."""
-    if ranks == 1:
-        return vectors
-    sizes = [count // ranks + (each < count % ranks) for each in range(ranks)]  # as tensor_split divides
-    parts = all_gather(F.pad(vectors, (0, 0, 0, sizes[0] - len(vectors))))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+class Gathered(torch.autograd.Function):
+    """The rows of all ranks' shares of a batch, in the batch's order, on every rank. Gradients flow back to each."""
+
+    @staticmethod
+    def forward(ctx, vectors, whole, first):
+        """vectors [b, 128] of this rank, whole: zeros [B, 128], first: this rank's first row of it."""
+        ctx.rows = slice(first, first + len(vectors))
+        whole[ctx.rows] = vectors
+        distributed.all_reduce(whole)
+        ctx.mark_dirty(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient[ctx.rows], None, None
 
 
 def training_step(run, index, draws):
@@ -414,6 +427,9 @@ def validate(run, experiment, stop):
     count = len(run.images) - run.train_count
     if not count:
         return None, None
+    if run.ranks > 1:
+        for buffer in run.model.buffers():  # on CPUs each rank has those of its own shares
+            distributed.broadcast(buffer, 0)
     index = torch.arange(run.train_count, len(run.images), device=run.device)
     draws = view_draws(run, run.epoch)
     sums, before = torch.zeros(2, device=run.device), run.bank.vectors[index]
@@ -547,6 +563,8 @@ def start_bank(run):
     """Fill the bank with f(φ(I)) of every image as it is, under batch statistics, unless --bank-start random."""
     if run.args.bank_start == "random":
         return
+    if run.args.bank_start in ("centred", "whitened"):
+        centre_heads(run)
     vectors = []
     run.model.eval()
     eager = torch.compiler.set_stance("force_eager")
@@ -558,7 +576,50 @@ def start_bank(run):
     vectors = torch.cat(vectors)
     if run.ranks > 1:
         distributed.broadcast(vectors, 0)
+    visited = torch.zeros(len(vectors), dtype=torch.bool, device=run.device)
+    visited = visited if run.args.bank_start == "visited" else None
     run.bank = MemoryBank(vectors, run.train_count, run.args.beta, visited)
+
+
+def centre_heads(run):
+    """Shift what f and g put out to mean 0 over images, by their last layer's bias.
+
+    A random trunk's features have a large mean: without this all vectors nearly coincide, and for a long time the loss
+    teaches little but to spread them.
+    """
+    images = run.images[: min(run.train_count, STATISTICS_IMAGES)]
+    draws = view_draws(run, 0)
+    outputs = {run.model.head_f: [], run.model.head_g.together: []}
+    run.model.eval()
+    with batch_statistics(run.model.trunk), autocast(run.device, run.precision):
+        for batch, numbers in zip(images.split(run.args.batch_size), draws.split(run.args.batch_size), strict=False):
+            image_draws, jigsaw_draws = numbers.split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
+            f, g = run.model(image_view(batch.float(), image_draws), jigsaw_view(batch.float(), jigsaw_draws))
+            outputs[run.model.head_f].append(f.float())
+            outputs[run.model.head_g.together].append(g.float())
+    for head, values in outputs.items():
+        values = torch.cat(values)
+        mean = values.mean(0)
+        before = F.normalize(values, dim=1).mean(0).norm()
+        centred = values - mean
+        if run.args.bank_start == "whitened":
+            covariance = centred.T @ centred / len(centred)
+            eigenvalues, vectors = torch.linalg.eigh(covariance)
+            a = vectors @ (vectors / (eigenvalues + 0.1 * eigenvalues.mean()).sqrt()).T * 0.1
+            print(eigenvalues.flip(0)[:12] / eigenvalues.sum())
+        else:
+            a = torch.eye(len(mean))
+        head[-1].weight.copy_(a @ head[-1].weight)
+        head[-1].bias.copy_(a @ (head[-1].bias - mean))
+        print(
+            "resultant",
+            before,
+            F.normalize(centred @ a.T, dim=1).mean(0).norm(),
+            "norm",
+            values.norm(dim=1).mean(),
+            (centred @ a.T).norm(dim=1).mean(),
+            flush=True,
+        )
 
 
 def warm_start(run, experiment):

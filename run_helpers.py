@@ -47,7 +47,7 @@ def run_script(main):
         end("the GPU's memory is full: choose a smaller --batch-size, or free the card")
     except (OSError, RuntimeError) as error:
         reason = storage_error(error)
-        if isinstance(error, distributed.DistError) or (world_size() > 1 and "gloo" in str(error)):
+        if isinstance(error, distributed.DistError) or (world_size() > 1 and "gloo/transport" in str(error)):
             reason = "another rank of this job has ended: go on with --resume True and the same command"
         if reason is None:
             raise

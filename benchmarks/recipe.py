@@ -18,6 +18,17 @@ from train_stl_after_ssl import NEIGHBOURS, SOFTMAX
 
 ROWS = {  # name: flags of pretraining
     "bank-64": "--positive bank --batch-size 64 --lr 0.1",
+    "centred-64": "--positive bank --batch-size 64 --lr 0.1 --bank-start centred",
+    "whitened-64": "--positive bank --batch-size 64 --lr 0.1 --bank-start whitened",
+    "bank-32": "--batch-size 32 --lr 0.1",
+    "colours-64": "--batch-size 64 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
+    "crops-64": "--batch-size 64 --lr 0.1 --crop-area 0.4",
+    "bank-32-colours": "--batch-size 32 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
+    "bank-16-colours": "--batch-size 16 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
+    "plain-32": "--batch-size 32 --lr 0.1 --colour-strength 0 --patch-colour-strength 0",
+    "lr-0.3": "--batch-size 64 --lr 0.3",
+    "tau-0.2": "--batch-size 64 --lr 0.1 --temp-parameter 0.2",
+    "beta-0": "--batch-size 64 --lr 0.1 --beta 0",
     "pair-batch-64": "--positive pair --batch-negatives True --batch-size 64 --lr 0.1",
 }
 SHOWN_NOWHERE = pirl.MAY_DIFFER | {"experiment_name", "seed", "data_dir", "tmax_for_cos_decay", "epochs"}

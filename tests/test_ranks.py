@@ -1,0 +1,163 @@
+"""Several ranks on gloo, started by torchrun: the same training as on one process, and no rank left behind."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+WORKER = ROOT / "tests/rank_worker.py"
+
+
+def launch(ranks, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*map(str, (*command, *arguments))],
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process, seconds=120):
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def run(ranks, script, *arguments):
+    status, out, err = finish(launch(ranks, script, *arguments))
+    assert status == 0, err
+    return out
+
+
+def error_lines(err):
+    return [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def weights(tmp_path, name):
+    return torch.load(tmp_path / f"weights/{name}.pt", weights_only=True)
+
+
+def difference(a, b):
+    """The largest between two exported models' parameters."""
+    parts = ("trunk", "head_f", "head_g")
+    return max((a[p][k].double() - b[p][k].double()).abs().max() for p in parts for k in a[p] if "num_batches" not in k)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path, ranks):
+    """70 images in batches of 16: the last batch has 6, which four ranks share unevenly."""
+    out = run(ranks, WORKER, tmp_path, "watch", *tiny, "--experiment-name", "exp", "--batch-negatives")
+    seen = [json.loads((tmp_path / f"watch_{rank}.json").read_text()) for rank in range(ranks)]
+    for epoch in (1, 2):
+        images = [i for steps in seen for step in steps if step["epoch"] == epoch for i in step["images"]]
+        assert sorted(images) == list(range(70))
+    assert all(step["equal"] for steps in seen for step in steps)
+    assert sum(len(steps) for steps in seen) == ranks * 10
+    assert f"{ranks} ranks" in out
+    assert out.count("epoch 1/2: loss") == out.count("wrote ") == 1
+    with open(tmp_path / "observations/exp_observations.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--batch-negatives", "--positive", "pair")])
+def test_two_ranks_end_where_one_process_ends(tiny, tmp_path, flags):
+    """With batch norm in eval mode; also when a run goes from two ranks to one and back."""
+    tiny = (*tiny, "--lr", 0.01, "--knn-every", 0, "--bank-start", "random", *flags)
+    for ranks, name in ((1, "one"), (2, "two")):
+        run(ranks, WORKER, tmp_path, "frozen", *tiny, "--experiment-name", name)
+    one, two = weights(tmp_path, "one"), weights(tmp_path, "two")
+    assert difference(one, two) < 1e-5
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+        assert a["train_acc"] == b["train_acc"]
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+    if not flags:
+        there_and_back = ("--tmax-for-cos-decay", 3, "--experiment-name", "there_and_back")
+        for epochs, ranks in enumerate((2, 1, 2), 1):
+            run(ranks, WORKER, tmp_path, "frozen", *tiny, *there_and_back, "--epochs", epochs, "--resume")
+        run(1, WORKER, tmp_path, "frozen", *tiny, "--epochs", 3, "--experiment-name", "three")
+        assert difference(weights(tmp_path, "three"), weights(tmp_path, "there_and_back")) < 1e-5
+
+
+@pytest.fixture
+def endless(tiny, tmp_path):
+    """Two ranks in training that will not end by themselves."""
+    arguments = (*tiny, "--epochs", 500, "--experiment-name", "exp", "--knn-every", 0)
+    process = launch(2, ROOT / "pirl_stl_train_test.py", *arguments)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "weights/exp.ckpt").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def pid_of_rank(process, rank):
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if parent == str(process.pid) and f"\0RANK={rank}\0".encode() in (folder / "environ").read_bytes():
+                return int(folder.name)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    raise AssertionError("no such rank")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job(endless, rank):
+    os.kill(pid_of_rank(endless, rank), signal.SIGKILL)
+    status, _, err = finish(endless, 30)
+    assert status != 0
+    assert len(error_lines(err)) == 1, err
+    assert "another rank" in error_lines(err)[0]
+
+
+def test_sigterm_to_the_launcher_checkpoints(endless, tiny, tmp_path):
+    endless.send_signal(signal.SIGTERM)
+    _, out, err = finish(endless, 60)
+    assert "stopped in epoch" in out, err
+    state = torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)
+    assert not error_lines(err)
+    epochs = state["epoch"]
+    arguments = (*tiny, "--tmax-for-cos-decay", 500, "--epochs", epochs, "--experiment-name", "exp", "--knn-every", 0)
+    out = run(2, ROOT / "pirl_stl_train_test.py", *arguments, "--resume")
+    assert f"epoch {epochs}, after step {state['step']}" in out
+
+
+def test_an_error_on_one_rank_ends_all_with_its_line(tiny, tmp_path):
+    status, _, err = finish(launch(2, WORKER, tmp_path, "one-fails", *tiny, "--experiment-name", "exp"), 60)
+    assert status != 0
+    assert error_lines(err) == ["error: rank 1 has a problem of its own: mend it"]
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", 0), ("--batch-size", 15), ("--data-dir", "nowhere")])
+def test_bad_arguments_give_one_line(tiny, flags):
+    status, _, err = finish(launch(2, ROOT / "pirl_stl_train_test.py", *tiny, *flags), 60)
+    assert status != 0
+    assert len(error_lines(err)) == 1, err
+    assert flags[0] in err or "nowhere" in err
+
+
+def test_fine_tuning_stays_on_one_process(tiny):
+    out = run(2, ROOT / "train_stl_after_ssl.py", *tiny)
+    assert "one process" in out
+    assert out.count("only the softmax layer, random trunk") == 1

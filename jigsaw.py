@@ -6,7 +6,7 @@ python jigsaw.py --data-dir stl10_data --out jigsaw.png    # a picture of what t
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from dataset_helpers import (
     COLOUR_DRAWS,
@@ -24,7 +24,8 @@ from dataset_helpers import (
     sample,
     uniform_draws,
 )
-from run_helpers import VIEWS, Parser, UserError, number, run_script, whole_file
+from pictures import save_picture
+from run_helpers import VIEWS, Parser, UserError, number, run_script
 
 GRID = 3
 CELLS = GRID * GRID
@@ -104,8 +105,7 @@ def main():
         raise UserError(f"{args.data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
     images = torch.stack([torch.from_numpy(read_image(file, STL10_SIDE).copy()) for file in files])
     draws = uniform_draws(len(images), JIGSAW_DRAWS, args.seed, VIEWS, 1, device="cpu")
-    with whole_file(args.out) as file:
-        save_image(picture(images.float(), draws), file, format="png")
+    save_picture(picture(images.float(), draws), args.out)
     print(f"wrote {args.out}: each image, its crop with the grid, and the nine shuffled patches")
 
 

@@ -495,7 +495,9 @@ def load_weights(module, state, path):
         raise UserError(f"{path} is of another architecture: give the --model-type and --non-linear-head of that run")
     for name, value in own.items():
         if not isinstance(state[name], torch.Tensor) or state[name].shape != value.shape:
-            raise UserError(f"{name} in {path} has another shape: give the --model-type it was made with")
+            raise UserError(
+                f"{name} in {path} has another shape: give the --model-type and --stem that it was made with"
+            )
     module.load_state_dict(state)
 
 

@@ -31,7 +31,8 @@ from dataset_helpers import (
     stratified_split,
     uniform_draws,
 )
-from models import Classifier, estimate_statistics, make_trunk, neighbour_accuracy, trunk_features
+from models import Classifier, estimate_statistics, make_trunk, nearest, neighbour_accuracy, trunk_features
+from pictures import confusion_picture, neighbour_picture, save_picture
 from run_helpers import (
     INITIAL_WEIGHTS,
     ORDER,
@@ -65,8 +66,10 @@ from run_helpers import (
 
 FEATURE_SPREAD = 0.25  # standard deviation; with it --lr 0.01 and 0.1 reach the same accuracy, with 1 they do not
 NEIGHBOURS, SOFTMAX, FULL = "nearest neighbours, nothing trained", "only the softmax layer", "the whole network"
+FOLDS = "only the softmax layer, ten folds"
+SHOWN_NEIGHBOURS = 5
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "full_fine_tune"}
-MAY_DIFFER |= {"checkpoint_minutes"}
+MAY_DIFFER |= {"checkpoint_minutes", "neighbours"}
 
 
 def parse_args(argv=None):
@@ -88,6 +91,8 @@ def parse_args(argv=None):
         default=10,
         help="epochs without a better validation loss until the learning rate falls to a tenth",
     )
+    parser.add_switch("--folds", False, "train the softmax layer on each of STL-10's ten folds of 1,000 images, too")
+    add("--neighbours", type=Path, help="write a picture of test images with their nearest training images here")
     args = parser.parse_args(argv)
     args.full_epochs = args.full_epochs or args.epochs
     return args
@@ -134,6 +139,7 @@ class Run:
     checksum: list  # of both
     train: torch.Tensor  # indices into images
     validation: torch.Tensor
+    folds: list  # of indices, with --folds
     trunk_name: str
     model: Classifier
     results: dict = field(default_factory=dict)  # strategy -> (validation accuracy, test accuracy)
@@ -164,6 +170,7 @@ def start_run(args, device):
         raise UserError(
             f"--batch-size {args.batch_size} is more than the {len(train)} training images: choose a smaller one"
         )
+    folds = read_folds(args.data_dir, len(images), device) if args.folds else None
     model = Classifier(trunk, dimension, CLASSES).to(device, memory_format=torch.channels_last)
     precision = choose_precision(args, device)
     if not pretrained:  # a pretrained trunk comes with the statistics of whole images; give the random one the same
@@ -180,9 +187,26 @@ def start_run(args, device):
         checksum=[checksum, test_checksum],
         train=train,
         validation=validation,
+        folds=folds,
         trunk_name=f"PIRL trunk ({path})" if path else "random trunk",
         model=model,
     )
+
+
+def read_folds(data_dir, count, device):
+    """The lines of fold_indices.txt: indices of training images, int64 each."""
+    path = data_dir / "fold_indices.txt"
+    try:
+        folds = [torch.tensor([int(word) for word in line.split()]) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: leave --folds out, or copy the release's file there") from None
+    except ValueError:
+        raise UserError(f"{path} is no list of whole numbers: copy the release's file there") from None
+    if not folds or any(len(fold) == 0 or fold.min() < 0 or fold.max() >= count for fold in folds):
+        raise UserError(
+            f"{path} names images beyond the {count} in {data_dir / 'train'}: complete them, or leave it out"
+        )
+    return [fold.to(device) for fold in folds]
 
 
 def announce(run):
@@ -207,8 +231,11 @@ def steps_per_epoch(run):
 
 
 def train_softmax_layer(run):
-    """Train the linear layer on the frozen trunk's features of two views, the image and its mirror image."""
-    started = time.monotonic()
+    """Train the linear layer on the frozen trunk's features of two views, the image and its mirror image.
+
+    The nearest-neighbour accuracy of the same features, the folds and the picture of neighbours come with it.
+    """
+    started, args = time.monotonic(), run.args
     features = torch.stack([features_of(run, run.images, flip) for flip in (False, True)])  # [2, N, d]
     test_features = features_of(run, run.test_images)
     known, known_labels = features[0, run.train], run.labels[run.train]
@@ -219,16 +246,46 @@ def train_softmax_layer(run):
             (test_features, run.test_labels),
         )
     )
-    mean, scale = standardisation(features[:, run.train])
-    features = (features - mean) / scale
-    layer, fit = fit_softmax_layer(features, run.labels, run.train, run.validation, run.args)
-    run.rows += fit["rows"]
+    accuracy = train_and_test(run, features, test_features, run.train, run.validation)
+    run.results[SOFTMAX] = accuracy
+    print(f"{SOFTMAX}: accuracy {accuracy[0]:.2%} on validation in the best of {args.epochs} epochs", flush=True)
+    if args.folds:
+        layer, rows = run.model.softmax_layer.state_dict(), run.rows
+        layer = {name: value.clone() for name, value in layer.items()}
+        run.results[FOLDS] = []
+        for fold in run.folds:
+            train, validation = (
+                fold[part.to(fold.device)] for part in stratified_split(run.labels[fold].cpu(), args.seed)
+            )
+            run.results[FOLDS].append(train_and_test(run, features, test_features, train, validation))
+        run.model.softmax_layer.load_state_dict(layer)
+        run.rows = rows
+    if args.neighbours:
+        draw_neighbours(run, features[0], test_features)
+    run.seconds[SOFTMAX] = time.monotonic() - started
+
+
+def train_and_test(run, features, test_features, train, validation):
+    """Train the model's linear layer on features [2, N, d] of the images `train`: (validation, test accuracy)."""
+    mean, scale = standardisation(features[:, train])
+    layer, fit = fit_softmax_layer((features - mean) / scale, run.labels, train, validation, run.args)
+    run.rows = run.rows + fit["rows"]
     fold_standardisation(layer, mean, scale, run.model.softmax_layer)
     with torch.no_grad():
         hits = run.model.softmax_layer(test_features).argmax(1) == run.test_labels
-    run.results[SOFTMAX] = (fit["val_acc"], hits.float().mean().item())
-    run.seconds[SOFTMAX] = time.monotonic() - started
-    print(f"{SOFTMAX}: accuracy {fit['val_acc']:.2%} on validation in the best of {run.args.epochs} epochs", flush=True)
+    return fit["val_acc"], hits.float().mean().item()
+
+
+def draw_neighbours(run, features, test_features):
+    """The first test image of every class with its nearest training images, as a picture."""
+    present = run.test_labels.unique().tolist()
+    shown = torch.tensor([(run.test_labels == label).nonzero()[0].item() for label in present], device=run.device)
+    _, rows = nearest(features, test_features[shown], min(SHOWN_NEIGHBOURS, len(features)))
+    grid = neighbour_picture(run.test_images[shown], run.test_labels[shown], run.images[rows], run.labels[rows])
+    save_picture(grid, run.args.neighbours)
+    print(
+        f"wrote {run.args.neighbours}: test images, and to the right the nearest training images, green if of its class"
+    )
 
 
 def features_of(run, images, flip=False):
@@ -468,12 +525,28 @@ def report(run, experiment):
             },
             file,
         )
+    names = class_names(run.args.data_dir)
+    with torch.no_grad():
+        predictions = run.model.softmax_layer(features_of(run, run.test_images)).argmax(1)
+    confusion = experiment.observations.with_name(f"{experiment.name}_confusion.png")
+    save_picture(confusion_picture(run.test_labels, predictions, names), confusion)
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
-    for strategy, (validation, test) in run.results.items():
-        table += f"{strategy}, {run.trunk_name} | {validation:.2%} | {test:.2%}\n"
+    for strategy, accuracies in run.results.items():
+        if strategy == FOLDS:
+            validation, test = (f"{100 * v.mean():.2f} ± {100 * v.std():.2f}%" for v in torch.tensor(accuracies).T)
+        else:
+            validation, test = (f"{accuracy:.2%}" for accuracy in accuracies)
+        table += f"{strategy}, {run.trunk_name} | {validation} | {test}\n"
     results = run.args.observations_dir / "results.md"
     add_to_results(results, experiment.name, table)
-    print(f"\n{table}\nwrote {experiment.model}, {experiment.observations} and {results}")
+    print(f"\n{table}\nwrote {experiment.model}, {experiment.observations}, {confusion} and {results}")
+
+
+def class_names(data_dir):
+    """The lines of class_names.txt, or the labels where there is none."""
+    path = data_dir / "class_names.txt"
+    names = path.read_text().split("\n")[:CLASSES] if path.exists() else []
+    return names if len(names) == CLASSES else [str(label + 1) for label in range(CLASSES)]
 
 
 def add_to_results(results, name, table):

@@ -11,13 +11,10 @@ import shlex
 import statistics
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
 from benchmarks.runs import fine_tune, pretrain
+from pictures import curve_picture, save_picture
 from run_helpers import Parser, UserError, number, run_script, whole_file
 from train_stl_after_ssl import FULL, NEIGHBOURS, SOFTMAX
-
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e"]
 
 
 def parse_args():
@@ -49,8 +46,7 @@ def main():
         tuned.append(fine_tune(folder, f"from_pirl_{seed}", [*labelled, *seeded, "--pirl-model-name", f"pirl_{seed}"]))
         random.append(fine_tune(folder, f"from_random_{seed}", labelled + seeded))
     picture = args.results_dir / f"{name}.png"
-    with whole_file(picture) as file:
-        learning_curves(pretrained).save(file, "PNG", optimize=True)
+    save_picture(learning_curves(pretrained), picture)
     with whole_file(args.results_dir / f"{name}.md", "w") as file:
         file.write(document(args, pirl, labelled, pretrained, tuned, random, picture.name))
     print(f"\n{(args.results_dir / f'{name}.md').read_text()}\nwrote {args.results_dir / f'{name}.md'} and {picture}")
@@ -97,39 +93,11 @@ def document(args, pirl, labelled, pretrained, tuned, random, picture):
 
 def learning_curves(pretrained):
     """Loss and nearest-neighbour accuracy over the epochs, a line per seed, as a Pillow image."""
-    panels = [("training loss", "train_loss"), ("nearest-neighbour accuracy of training images", "knn_acc")]
-    width, height, margin = 520, 340, 56
-    image = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(image)
-    for place, (title, column) in enumerate(panels):
-        curves = [[(r["epoch"], float(r[column])) for r in run["rows"] if r[column] is not None] for run in pretrained]
-        values = [value for curve in curves for _, value in curve]
-        draw.text((place * width + margin, 16), title, fill="black", font_size=15)
-        if not values:
-            draw.text((place * width + margin, height // 2), "not measured", fill="black", font_size=15)
-            continue
-        low, high, last = min(values), max(values), max(epoch for curve in curves for epoch, _ in curve)
-        high = high if high > low else low + 1
-
-        def at(epoch, value, place=place, low=low, high=high, last=last):
-            x = margin + (epoch - 1) / max(1, last - 1) * (width - margin - 24)
-            return place * width + x, height - margin - (value - low) / (high - low) * (height - 2 * margin)
-
-        for value in (low, (low + high) / 2, high):
-            x, y = at(1, value)
-            draw.line((x, y, place * width + width - 24, y), fill="#dddddd")
-            draw.text((x - 8, y), f"{value:.3f}", fill="black", font_size=13, anchor="rm")
-        for epoch in sorted({1, (last + 1) // 2, last}):
-            draw.text((at(epoch, low)[0], height - margin + 8), str(epoch), fill="black", font_size=13, anchor="mt")
-        draw.text((place * width + width // 2, height - 14), "epoch", fill="black", font_size=13, anchor="ms")
-        for seed, curve in enumerate(curves):
-            points, colour = [at(*point) for point in curve], COLOURS[seed % len(COLOURS)]
-            draw.line(points, fill=colour, width=2)
-            for x, y in points if len(points) < 30 else []:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            if place == 0:
-                draw.text((width - 24, 40 + 18 * seed), f"seed {seed}", fill=colour, font_size=13, anchor="rm")
-    return image
+    panels = []
+    for title, column in (("training loss", "train_loss"), ("nearest-neighbour accuracy, training images", "knn_acc")):
+        curves = [[(row["epoch"], row[column]) for row in run["rows"] if row[column] is not None] for run in pretrained]
+        panels.append((title, curves))
+    return curve_picture(panels)
 
 
 if __name__ == "__main__":

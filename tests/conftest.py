@@ -73,6 +73,13 @@ def start(script, *arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def start_of(flags):
+    """A pretraining run that has not begun."""
+    return pirl_stl_train_test.start_run(
+        pirl_stl_train_test.parse_args([str(flag) for flag in flags]), torch.device("cpu")
+    )
+
+
 def write_raw(folder, counts, seed=0):
     """A raw set of noise in STL-10's layout under folder/stl10_binary: images [N, 3, 96, 96], column by column."""
     rng = np.random.default_rng(seed)

@@ -1,10 +1,15 @@
 import csv
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from PIL import Image
 
+import pictures
 import train_stl_after_ssl as labelled
 from dataset_helpers import normalised
 from models import Classifier, make_trunk
@@ -150,3 +155,80 @@ def test_validation_is_the_same_for_both_stages_and_the_baseline(call, tiny, mon
         assert call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--experiment-name", name).status == 0
     assert len(seen) == 2, "one split per run, for both of its stages"
     assert seen[0][1].equal(seen[1][1])
+
+
+def test_folds_and_pictures(call, tiny, tmp_path, data_dir):
+    own = tmp_path / "own"
+    shutil.copytree(data_dir, own)
+    generator = np.random.default_rng(0)
+    folds = [generator.permutation(60)[:40] for _ in range(10)]
+    (own / "fold_indices.txt").write_text("\n".join(" ".join(map(str, fold)) for fold in folds))
+    (own / "class_names.txt").write_text("\n".join(f"animal {i}" for i in range(10)))
+    flags = ("--data-dir", own, "--folds", "--neighbours", tmp_path / "neighbours.png", "--experiment-name", "f")
+    outcome = call("train_stl_after_ssl", *tiny, *flags)
+    assert outcome.status == 0, outcome.err
+    state = weights(tmp_path, "f")
+    tests = torch.tensor(state["results"][labelled.FOLDS])[:, 1]
+    assert len(tests) == 10
+    line = next(line for line in outcome.out.splitlines() if line.startswith(labelled.FOLDS))
+    assert f"{100 * tests.mean():.2f} ± {100 * tests.std():.2f}%" in line
+    # the exported layer is that of the whole training split, not of the last fold
+    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "plain").status == 0
+    assert torch.equal(state["softmax_layer"]["weight"], weights(tmp_path, "plain")["softmax_layer"]["weight"])
+    for picture in (tmp_path / "neighbours.png", tmp_path / "observations/f_confusion.png"):
+        assert picture.stat().st_size < 300_000
+        with Image.open(picture) as image:
+            assert min(image.size) > 300
+
+
+@pytest.mark.parametrize("content", [None, "1 2 x", "1 2 60", "", "-1"])
+def test_folds_that_cannot_be_used(call, tiny, tmp_path, data_dir, content):
+    own = tmp_path / "own"
+    shutil.copytree(data_dir, own)
+    if content is not None:
+        (own / "fold_indices.txt").write_text(content)
+    assert call("train_stl_after_ssl", *tiny, "--data-dir", own, "--folds").is_one_line_error("fold_indices.txt")
+
+
+def test_pictures_show_what_they_say():
+    images = torch.stack([torch.full((3, 96, 96), value, dtype=torch.uint8) for value in (10, 200)])
+    found = images[[0, 1, 1, 0]].view(2, 2, 3, 96, 96)
+    grid = pictures.neighbour_picture(images, torch.tensor([0, 1]), found, torch.tensor([[0, 1], [1, 0]]))
+    side = pictures.TILE + 8 + 4
+
+    def tile(row, column):
+        return grid[:, 4 + row * side :, 4 + column * side :][:, : side - 4, : side - 4]
+
+    for row, column, value, frame in (
+        *((0, 0, 10, (255, 255, 255)), (0, 1, 10, pictures.RIGHT), (0, 2, 200, pictures.WRONG)),
+        *((1, 0, 200, (255, 255, 255)), (1, 1, 200, pictures.RIGHT), (1, 2, 10, pictures.WRONG)),
+    ):
+        assert (255 * tile(row, column)[:, 30, 30]).round().tolist() == [value] * 3
+        assert (255 * tile(row, column)[:, 0, 0]).round().tolist() == list(frame)
+    labels, predictions = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
+    picture = pictures.confusion_picture(labels, predictions, ["a", "b"])
+    shades = [picture.getpixel((110 + 46 * j + 2, 96 + 46 * i + 2)) for i in range(2) for j in range(2)]
+    assert shades[3] == (31, 119, 180), "all of class b"
+    assert shades[2] == (255, 255, 255), "none of class b as a"
+    assert len(set(shades)) == 4
+
+
+def test_a_finished_run_resumed_adds_no_second_table(call, tiny, tmp_path):
+    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "once").status == 0
+    before = (tmp_path / "observations/results.md").read_text()
+    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "once", "--resume").status == 0
+    assert (tmp_path / "observations/results.md").read_text() == before
+
+
+def test_small_stem(call, tiny, tmp_path):
+    """It goes from pretraining through the file into fine-tuning."""
+    assert call("pirl_stl_train_test", *tiny, "--stem", "small", "--epochs", 1, "--experiment-name", "pirl").status == 0
+    state = weights(tmp_path, "pirl")
+    assert state["stem"] == "small"
+    assert state["trunk"]["conv1.weight"].shape == (64, 3, 3, 3)
+    assert state["trunk"].keys() == torchvision.models.resnet18().state_dict().keys() - {"fc.weight", "fc.bias"}
+    flags = ("--pirl-model-name", "pirl")
+    assert call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "soft").status == 0
+    assert weights(tmp_path, "soft")["stem"] == "small"
+    outcome = call("train_stl_after_ssl", *tiny, *flags, "--stem", "imagenet")
+    assert outcome.is_one_line_error("conv1.weight", "--stem")

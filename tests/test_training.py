@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import COUNTS
+from conftest import COUNTS, start_of
 from PIL import Image
 
 import pirl_stl_train_test as pirl
@@ -248,13 +248,8 @@ def test_learning_rate_schedule():
         cosine.step()
 
 
-def start_of(call, tiny, *flags):
-    args = pirl.parse_args([str(flag) for flag in (*tiny, *flags)])
-    return pirl.start_run(args, torch.device("cpu"))
-
-
 def test_bank_starts_from_features_of_whole_images(call, tiny):
-    run = start_of(call, tiny)
+    run = start_of(tiny)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     pirl.start_bank(run)
     assert same(before, dict(run.model.state_dict()))

@@ -31,6 +31,18 @@ demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table
 test: .venv/development  ## the test suite
 	$(PY) -m pytest -q -rs
 
+FAULTS ?= 200
+faults: .venv/development  ## kill, interrupt, fill the disk …: the fault suite, long (FAULTS=200 SEED=0)
+	$(PY) tests/faults.py --faults $(FAULTS) --seed $(SEED)
+
+DATA ?= stl10_data
+SEEDS ?= 3
+EPOCHS ?= 100
+LABELLED_EPOCHS ?= 100
+results: .venv/runtime  ## the whole results table (DATA=stl10_data SEEDS=3 EPOCHS=100 LABELLED_EPOCHS=100 FLAGS='')
+	$(PY) -m benchmarks.results --data-dir $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) \
+	    --labelled-epochs $(LABELLED_EPOCHS) --flags "$(FLAGS)" --labelled-flags "$(LABELLED_FLAGS)" --common-flags "$(COMMON_FLAGS)"
+
 lint: .venv/development  ## ruff's checks and its formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -39,4 +51,4 @@ clean:  ## remove the demo's files and caches, nothing else
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test faults results lint clean

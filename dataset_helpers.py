@@ -4,11 +4,13 @@ A split is one uint8 tensor [N, 3, S, S] on the device; a batch is rows of it. W
 is a row of numbers, uniform in [0, 1): a function of (seed, epoch, image), whatever else is in the batch.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import math
 import os
+import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from run_helpers import SPLIT, UserError, generator, rank, storage_error, whole_file
+from run_helpers import SPLIT, UserError, generator, rank, storage_error, sync_folder
 
 STL10_SIDE = 96  # pixels
 IMAGE_BYTES = 3 * STL10_SIDE**2
@@ -113,24 +115,47 @@ def decoded_copy(files, folder, side):
             f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode()
         )
     path = folder.with_name(f".{folder.name}.{side}.{digest.hexdigest()[:32]}.npy")
+    part = path.with_name(f".{path.name}.part")
     shape = (len(files), 3, side, side)
     try:
-        with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        with contextlib.ExitStack() as held:
+            lock = held.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
-            if not path.exists():
-                for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
-                    stale.unlink()
-                with whole_file(path) as out:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(out, header)
-                    for block in decoded_blocks(files, side, f"decoding {folder.name}"):
-                        out.write(block)
-            return np.load(path, mmap_mode="r")
+            if path.exists():
+                return np.load(path, mmap_mode="r")
+            for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
+                stale.unlink()
+            out = held.enter_context(open(part, "wb"))
+            np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for block in decoded_blocks(files, side, f"decoding {folder.name}"):
+                out.write(block)
+            out.flush()
+            copy = np.load(part, mmap_mode="r")
+            threading.Thread(target=keep_copy, args=(part, path, held.pop_all())).start()
+            return copy
     except OSError as error:
+        part.unlink(missing_ok=True)
         if storage_error(error) is None:
             raise
         print(f"no decoded copy of {folder} is kept ({error.strerror}): it will be decoded at every start")
         return None
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def keep_copy(part, path, held):
+    """Let a decoded copy be durable before it has its name; the run need not wait for the disk."""
+    with held:  # the file and the lock
+        try:
+            descriptor = os.open(part, os.O_RDWR)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            os.replace(part, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            print(f"no decoded copy {path} is kept ({error.strerror})")
 
 
 def load_images(files, folder, rows, side, device):

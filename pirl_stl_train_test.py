@@ -109,7 +109,7 @@ def parse_args(argv=None):
     parser.add_switch("--batch-negatives", False, "the fresh f(φ(I)) of the batch's other images are negatives too")
     add(
         "--bank-start",
-        choices=["features", "random", "visited", "centred", "whitened"],
+        choices=["features", "random", "visited"],
         default="features",
         help="a forward pass; random vectors; or a forward pass, but images are negatives only once they were visited",
     )
@@ -563,8 +563,6 @@ def start_bank(run):
     """Fill the bank with f(φ(I)) of every image as it is, under batch statistics, unless --bank-start random."""
     if run.args.bank_start == "random":
         return
-    if run.args.bank_start in ("centred", "whitened"):
-        centre_heads(run)
     vectors = []
     run.model.eval()
     eager = torch.compiler.set_stance("force_eager")
@@ -579,47 +577,6 @@ def start_bank(run):
     visited = torch.zeros(len(vectors), dtype=torch.bool, device=run.device)
     visited = visited if run.args.bank_start == "visited" else None
     run.bank = MemoryBank(vectors, run.train_count, run.args.beta, visited)
-
-
-def centre_heads(run):
-    """Shift what f and g put out to mean 0 over images, by their last layer's bias.
-
-    A random trunk's features have a large mean: without this all vectors nearly coincide, and for a long time the loss
-    teaches little but to spread them.
-    """
-    images = run.images[: min(run.train_count, STATISTICS_IMAGES)]
-    draws = view_draws(run, 0)
-    outputs = {run.model.head_f: [], run.model.head_g.together: []}
-    run.model.eval()
-    with batch_statistics(run.model.trunk), autocast(run.device, run.precision):
-        for batch, numbers in zip(images.split(run.args.batch_size), draws.split(run.args.batch_size), strict=False):
-            image_draws, jigsaw_draws = numbers.split([IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
-            f, g = run.model(image_view(batch.float(), image_draws), jigsaw_view(batch.float(), jigsaw_draws))
-            outputs[run.model.head_f].append(f.float())
-            outputs[run.model.head_g.together].append(g.float())
-    for head, values in outputs.items():
-        values = torch.cat(values)
-        mean = values.mean(0)
-        before = F.normalize(values, dim=1).mean(0).norm()
-        centred = values - mean
-        if run.args.bank_start == "whitened":
-            covariance = centred.T @ centred / len(centred)
-            eigenvalues, vectors = torch.linalg.eigh(covariance)
-            a = vectors @ (vectors / (eigenvalues + 0.1 * eigenvalues.mean()).sqrt()).T * 0.1
-            print(eigenvalues.flip(0)[:12] / eigenvalues.sum())
-        else:
-            a = torch.eye(len(mean))
-        head[-1].weight.copy_(a @ head[-1].weight)
-        head[-1].bias.copy_(a @ (head[-1].bias - mean))
-        print(
-            "resultant",
-            before,
-            F.normalize(centred @ a.T, dim=1).mean(0).norm(),
-            "norm",
-            values.norm(dim=1).mean(),
-            (centred @ a.T).norm(dim=1).mean(),
-            flush=True,
-        )
 
 
 def warm_start(run, experiment):

@@ -545,7 +545,7 @@ def report(run, experiment):
 def class_names(data_dir):
     """The lines of class_names.txt, or the labels where there is none."""
     path = data_dir / "class_names.txt"
-    names = path.read_text().split("\n")[:CLASSES] if path.exists() else []
+    names = path.read_text(errors="replace").split("\n")[:CLASSES] if path.exists() else []
     return names if len(names) == CLASSES else [str(label + 1) for label in range(CLASSES)]
 
 

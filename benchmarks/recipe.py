@@ -17,19 +17,26 @@ from run_helpers import Parser, number, run_script, settings_of, whole_file
 from train_stl_after_ssl import NEIGHBOURS, SOFTMAX
 
 ROWS = {  # name: flags of pretraining
-    "bank-64": "--positive bank --batch-size 64 --lr 0.1",
-    "centred-64": "--positive bank --batch-size 64 --lr 0.1 --bank-start centred",
-    "whitened-64": "--positive bank --batch-size 64 --lr 0.1 --bank-start whitened",
-    "bank-32": "--batch-size 32 --lr 0.1",
+    "bank-64": "--batch-size 64 --lr 0.1",
+    "pair-batch-64": "--batch-size 64 --lr 0.1 --positive pair --batch-negatives True",
+    "tau-0.2": "--batch-size 64 --lr 0.1 --temp-parameter 0.2",
     "colours-64": "--batch-size 64 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "crops-64": "--batch-size 64 --lr 0.1 --crop-area 0.4",
     "bank-32-colours": "--batch-size 32 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
     "bank-16-colours": "--batch-size 16 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "plain-32": "--batch-size 32 --lr 0.1 --colour-strength 0 --patch-colour-strength 0",
+    "bank-128": "--batch-size 128 --lr 0.1",
+    "pair-64": "--batch-size 64 --lr 0.1 --positive pair",
+    "bank-batch-64": "--batch-size 64 --lr 0.1 --batch-negatives True",
+    "random-bank-64": "--batch-size 64 --lr 0.1 --bank-start random",
+    "visited-64": "--batch-size 64 --lr 0.1 --bank-start visited",
+    "crops-64": "--batch-size 64 --lr 0.1 --crop-area 0.4",
+    "plain-patches-64": "--batch-size 64 --lr 0.1 --patch-colour-strength 0",
     "lr-0.3": "--batch-size 64 --lr 0.3",
-    "tau-0.2": "--batch-size 64 --lr 0.1 --temp-parameter 0.2",
     "beta-0": "--batch-size 64 --lr 0.1 --beta 0",
-    "pair-batch-64": "--positive pair --batch-negatives True --batch-size 64 --lr 0.1",
+    "jigsaw-heavier": "--batch-size 64 --lr 0.1 --loss-weight 0.8",
+    "negatives-1000": "--batch-size 64 --lr 0.1 --count-negatives 1000",
+    "norms-not-decayed": "--batch-size 64 --lr 0.1 --decay-norms False",
+    "mlp-heads": "--batch-size 64 --lr 0.1 --non-linear-head True",
+    "paper-loss": "--batch-size 64 --lr 0.1 --loss nce",
 }
 SHOWN_NOWHERE = pirl.MAY_DIFFER | {"experiment_name", "seed", "data_dir", "tmax_for_cos_decay", "epochs"}
 

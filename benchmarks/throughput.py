@@ -41,6 +41,8 @@ def parse_args(argv=None):
     add("--steps", type=number(int, 1), default=6, help="per round, after one that does not count")
     add("--workers", type=number(int, 0), default=len(os.sched_getaffinity(0)), help="of the conventional pipeline")
     parser.add_switch("--conventional", True, "measure the conventional pipeline too")
+    parser.add_switch("--deterministic-too", False, "measure the step under --deterministic True as well")
+    parser.set_defaults(deterministic=False)
     add("--trace", type=Path, help="write a torch.profiler trace of two steps here")
     return parser.parse_args(argv)
 
@@ -52,6 +54,8 @@ def main():
     contestants = {"bare network": bare_network, "training step": training_step}
     if args.conventional:
         contestants["conventional pipeline"] = conventional_pipeline
+    if args.deterministic_too:
+        contestants["training step, deterministic"] = deterministic_step
     speeds = measure(contestants, run, args)
     print_table(args, run, speeds)
     print_stages(run, device)
@@ -89,6 +93,19 @@ def training_step(run, args=None):
         run.step = (run.step + 1) % run.steps
 
     return step
+
+
+def deterministic_step(run, args):
+    step = training_step(run)
+
+    def exact():
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        step()
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = True
+
+    return exact
 
 
 def optimise(run, loss):

@@ -119,5 +119,12 @@ def tiny(data_dir, tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What runs in this process survives no power cut; test_faults.py starts processes, and they do sync."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

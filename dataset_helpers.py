@@ -29,7 +29,7 @@ IMAGE_BYTES = 3 * STL10_SIDE**2
 MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
 STD = (0.2603, 0.2566, 0.2713)
 CLASSES = 10
-BLOCK, TASK = 2048, 64  # images decoded at a time (57 MB at 96 pixels), and by one call of a thread
+BLOCK, TASK = 1024, 64  # images decoded at a time (28 MB at 96 pixels), and by one call of a thread
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From files to a tensor
@@ -76,7 +76,7 @@ def read_image(path, side):
 
 
 def decoded_blocks(files, side, what):
-    """The images of `files` in order, as blocks uint8 [up to 2048, 3, side, side].
+    """The images of `files` in order, as blocks uint8 [up to 1024, 3, side, side].
 
     A thread per core decodes (Pillow frees the GIL). The next block is under way while the caller works on one.
     """
@@ -88,7 +88,7 @@ def decoded_blocks(files, side, what):
 
     def begin(start):
         chunk = files[start : start + BLOCK]
-        block = np.empty((len(chunk), 3, side, side), np.uint8)
+        block = np.empty((len(chunk), side, side, 3), np.uint8).transpose(0, 3, 1, 2)  # in memory as Pillow has it
         return block, [pool.submit(fill, block, i, chunk[i : i + TASK]) for i in range(0, len(chunk), TASK)]
 
     bar = progress_bar(len(files), what, " images")
@@ -102,11 +102,11 @@ def decoded_blocks(files, side, what):
             yield block
 
 
-def decoded_copy(files, folder, side):
-    """All images of a folder, decoded: uint8 [N, 3, side, side], mapped from a file beside the folder.
+def image_blocks(files, folder, side):
+    """All images of a folder in order, in blocks uint8 [up to 1024, 3, side, side], decoded or from the decoded copy.
 
-    The file's name has a digest of the names, sizes and times of change of all images, so it is used only while it
-    matches. It is made if it is not there, and may be deleted at any time. None if there is no room for it.
+    The copy is a file beside the folder. Its name has a digest of the names, sizes and times of change of all images: it
+    is used only while it matches. It is made if it is not there, and may be deleted at any time.
     """
     digest = hashlib.sha256()
     for file in files:
@@ -116,60 +116,76 @@ def decoded_copy(files, folder, side):
         )
     path = folder.with_name(f".{folder.name}.{side}.{digest.hexdigest()[:32]}.npy")
     part = path.with_name(f".{path.name}.part")
-    shape = (len(files), 3, side, side)
-    try:
-        with contextlib.ExitStack() as held:
+    copy = out = None
+    with contextlib.ExitStack() as held:
+        try:
             lock = held.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
             if path.exists():
-                return np.load(path, mmap_mode="r")
-            for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
-                stale.unlink()
-            out = held.enter_context(open(part, "wb"))
-            np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                copy = np.load(path, mmap_mode="r").transpose(0, 3, 1, 2)
+            else:
+                for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
+                    stale.unlink()
+                out = held.enter_context(open(part, "wb"))
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), side, side, 3)}
+                np.lib.format.write_array_header_1_0(out, header)
+        except OSError as error:
+            out = give_up_copy(part, error)
+        if copy is not None:
+            yield from (copy[start : start + BLOCK] for start in range(0, len(files), BLOCK))
+            return
+        try:
             for block in decoded_blocks(files, side, f"decoding {folder.name}"):
-                out.write(block)
-            out.flush()
-            copy = np.load(part, mmap_mode="r")
-            threading.Thread(target=keep_copy, args=(part, path, held.pop_all())).start()
-            return copy
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        if storage_error(error) is None:
+                try:
+                    if out:
+                        out.write(block.transpose(0, 2, 3, 1))
+                except OSError as error:
+                    out = give_up_copy(part, error)
+                yield block
+        except BaseException:
+            part.unlink(missing_ok=True)
             raise
-        print(f"no decoded copy of {folder} is kept ({error.strerror}): it will be decoded at every start")
-        return None
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        if out:
+            threading.Thread(target=keep_copy, args=(out, part, path, held.pop_all())).start()
 
 
-def keep_copy(part, path, held):
-    """Let a decoded copy be durable before it has its name; the run need not wait for the disk."""
+def give_up_copy(part, error):
+    if storage_error(error) is None:
+        raise error
+    part.unlink(missing_ok=True)
+    print(f"no decoded copy is kept beside the images ({error.strerror}): they will be decoded at every start")
+
+
+def keep_copy(out, part, path, held):
+    """Let a decoded copy be durable before it has its name. A thread does it: the run need not wait for the disk."""
     with held:  # the file and the lock
         try:
-            descriptor = os.open(part, os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            out.flush()
+            os.fsync(out.fileno())
             os.replace(part, path)
             sync_folder(path.parent)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            print(f"no decoded copy {path} is kept ({error.strerror})")
+            give_up_copy(part, error)
 
 
 def load_images(files, folder, rows, side, device):
-    """(uint8 [len(rows), 3, side, side] on `device`, CRC-32 of its bytes): the images `rows` of a folder's `files`."""
-    copy = decoded_copy(files, folder, side)
-    if copy is None:
-        blocks = decoded_blocks([files[row] for row in rows], side, f"decoding {folder.name}")
-    else:
-        blocks = (copy[rows[start : start + BLOCK]] for start in range(0, len(rows), BLOCK))
+    """(uint8 [len(rows), 3, side, side] on `device`, checksum): the images `rows` of a folder's `files`, in that order.
+
+    The checksum, a CRC-32, depends on the rows and on every pixel.
+    """
+    rows = torch.as_tensor(rows)
+    place = torch.full((len(files),), -1)
+    place[rows] = torch.arange(len(rows))
     images = torch.empty(len(rows), 3, side, side, dtype=torch.uint8, device=device)
-    filled = checksum = 0
-    for block in blocks:
-        images[filled : filled + len(block)] = torch.from_numpy(block)
-        filled, checksum = filled + len(block), zlib.crc32(block, checksum)
+    first, checksum = 0, zlib.crc32(rows.numpy())
+    for block in image_blocks(files, folder, side):
+        places = place[first : first + len(block)]
+        wanted = places >= 0
+        if not wanted.all():
+            places, block = places[wanted], block[wanted.numpy()]
+        pixels = np.ascontiguousarray(block.transpose(0, 2, 3, 1))
+        images.index_copy_(0, places.to(device), torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
+        first, checksum = first + len(wanted), zlib.crc32(pixels, checksum)
     return images, checksum
 
 

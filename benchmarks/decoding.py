@@ -37,9 +37,13 @@ def main():
     files, cores = dh.image_files(folder), len(os.sched_getaffinity(0))
     rows = list(range(len(files)))
 
+    def decode(first):
+        for file in files[first : first + dh.TASK]:
+            dh.read_image(file, 96)
+
     def decode_only():
         with ThreadPoolExecutor(cores) as pool:
-            list(pool.map(lambda first: [dh.read_image(f, 96) for f in files[first : first + 64]], rows[::64]))
+            list(pool.map(decode, rows[:: dh.TASK]))
 
     def to_tensor(keep_copy):
         for copy in args.data_dir.glob(f".{folder.name}.96.*.npy"):

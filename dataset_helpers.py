@@ -105,8 +105,8 @@ def decoded_blocks(files, side, what):
 def image_blocks(files, folder, side):
     """All images of a folder in order, in blocks uint8 [up to 1024, 3, side, side], decoded or from the decoded copy.
 
-    The copy is a file beside the folder. Its name has a digest of the names, sizes and times of change of all images: it
-    is used only while it matches. It is made if it is not there, and may be deleted at any time.
+    The copy is a file beside the folder. Its name has a digest of the names, sizes and times of change of all images:
+    it is used only while it matches. It is made if it is not there, and may be deleted at any time.
     """
     digest = hashlib.sha256()
     for file in files:

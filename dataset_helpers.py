@@ -122,7 +122,7 @@ def image_blocks(files, folder, side):
             lock = held.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
             if path.exists():
-                copy = np.load(path, mmap_mode="r").transpose(0, 3, 1, 2)
+                copy = np.load(path, mmap_mode="c").transpose(0, 3, 1, 2)
             else:
                 for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
                     stale.unlink()

@@ -126,5 +126,6 @@ def no_waiting_for_the_disk(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def as_at_the_start():
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

@@ -1,5 +1,6 @@
 """Bad input gets one line on standard error, status 1 (2 for usage), and nothing that was there is lost."""
 
+import errno
 import os
 import resource
 import shutil
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,3 +307,55 @@ def wait_for(path, process):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_too_little_free_disk_is_said_before_anything_is_done(call, tiny, tmp_path, monkeypatch):
+    free = SimpleNamespace(free=50_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    for script in SCRIPTS[1:]:
+        assert call(script, *tiny, "--experiment-name", "exp").is_one_line_error("50 MB", "make room")
+        assert not list((tmp_path / "weights").glob("exp*"))
+    free.free = 10**12
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    there = sum(file.stat().st_size for file in (tmp_path / "weights").glob("exp*"))
+    free.free = 400_000_000 - there  # what lies there already will be replaced
+    more = (*tiny, "--epochs", 2, "--tmax-for-cos-decay", 1, "--experiment-name", "exp", "--resume")
+    assert call("pirl_stl_train_test", *more).status == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_a_read_only_folder(call, tiny, tmp_path, script, monkeypatch):
+    """Root may write anywhere, so the kernel's answer is put in its place."""
+    plain = Path.open
+
+    def read_only(path, mode="r", *rest, **options):
+        if "w" in mode and path.name.startswith(".exp"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return plain(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert call(script, *tiny, "--experiment-name", "exp").is_one_line_error("Read-only", "choose a folder")
+
+
+def test_a_checkpoint_with_fields_that_do_not_fit(call, tiny, tmp_path):
+    """Whole, and of ours by its name; but no field is trusted."""
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    path = tmp_path / "weights/exp.ckpt"
+    good = torch.load(path, weights_only=True)
+    for name, bad in {
+        "settings": None,
+        "model": {},
+        "bank": torch.zeros(1).expand(2**20, 2**20),
+        "statistics": torch.zeros(3),
+        "optimizer": {"state": {}},
+        "epoch": "2",
+        "rows": {},
+    }.items():
+        torch.save({**good, name: bad}, path)
+        outcome = call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp", "--resume")
+        assert outcome.is_one_line_error("exp.ckpt"), name
+    momentum = good["optimizer"]["state"][0]
+    wrong = {**good["optimizer"], "state": {0: {**momentum, "momentum_buffer": torch.zeros(2)}}}
+    torch.save({**good, "optimizer": wrong}, path)
+    outcome = call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp", "--resume")
+    assert outcome.is_one_line_error("exp.ckpt")

@@ -215,6 +215,8 @@ def test_warm_start(call, tiny, tmp_path):
         ("--loss", "nce", "--non-linear-head", "yes"),
         ("--positive", "pair", "--bank-start", "random", "--count-negatives", 20),
         ("--precision", "bf16", "--tmax-for-cos-decay", 5, "--beta", 0, "--loss-weight", 0.3),
+        ("--batch-negatives", "--bank-start", "visited", "--decay-norms", "no", "--crop-area", 0.5, "--hue", 0),
+        ("--colour-strength", 0, "--patch-colour-strength", 0.5, "--deterministic"),
         ("--batch-size", 23, "--val-images", 5, "--warmup-steps", 0, "--temp-parameter", 0.01),
     ],
 )

@@ -1,0 +1,74 @@
+"""2,000 steps on tiny images with a checkpoint every few steps: memory and open files at the end as at step 200.
+
+python tests/endurance.py
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import start, write_raw
+
+import stl10_data_load
+
+STEPS, STEPS_PER_EPOCH, BATCH = 2000, 25, 4
+MOST = 20e6  # bytes
+
+
+def main():
+    folder = Path(tempfile.mkdtemp(prefix="endurance-"))
+    raw = write_raw(folder / "raw", {"train": 60, "test": 40, "unlabelled": STEPS_PER_EPOCH * BATCH})
+    for split in stl10_data_load.SPLITS:
+        stl10_data_load.write_split(raw, folder / "data", split)
+    process = start(
+        *(
+            "pirl_stl_train_test",
+            "--data-dir",
+            folder / "data",
+            "--image-size",
+            36,
+            "--batch-size",
+            BATCH,
+            "--only-train",
+        ),
+        *("--epochs", STEPS // STEPS_PER_EPOCH, "--device", "cpu", "--checkpoint-minutes", 0.01, "--knn-every", 20),
+        *(
+            "--weights-dir",
+            folder / "weights",
+            "--observations-dir",
+            folder / "observations",
+            "--experiment-name",
+            "run",
+        ),
+    )
+    rows, checkpoints, seen, written = folder / "observations/run_observations.csv", 0, {}, None
+    while process.poll() is None:
+        time.sleep(0.05)
+        try:
+            step = STEPS_PER_EPOCH * (len(rows.read_text().splitlines()) - 1) if rows.exists() else 0
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            resident = next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+            seen.setdefault(step, []).append((resident, len(os.listdir(f"/proc/{process.pid}/fd"))))
+            now = (folder / "weights/run.ckpt").stat().st_mtime_ns
+            checkpoints, written = checkpoints + (now != written), now
+        except (OSError, StopIteration):
+            continue  # it has just ended, or begun
+    assert process.returncode == 0, process.stderr.read()
+    first, last = seen[200], seen[max(step for step in seen if step < STEPS)]
+    print("step | resident memory, highest | open files, most\n--- | --- | ---")
+    for step in sorted(step for step in seen if step % 400 == 0 or step in (200, max(seen))):
+        memory, files = (max(values) for values in zip(*seen[step], strict=True))
+        print(f"{step} | {memory / 1e6:.1f} MB | {files}")
+    print(f"{checkpoints} checkpoints were written")
+    growth = max(memory for memory, _ in last) - max(memory for memory, _ in first)
+    more = max(files for _, files in last) - max(files for _, files in first)
+    print(f"from step 200 to the end: {growth / 1e6:+.1f} MB, {more:+d} open files")
+    sys.exit(growth > MOST or more > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -108,7 +108,7 @@ def image_blocks(files, folder, side):
     The copy is a file beside the folder. Its name has a digest of the names, sizes and times of change of all images:
     it is used only while it matches. It is made if it is not there, and may be deleted at any time.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"images, rows, columns, colours")
     for file in files:
         status = file.stat()
         digest.update(

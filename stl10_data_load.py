@@ -25,7 +25,7 @@ from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from dataset_helpers import IMAGE_BYTES, STL10_SIDE, progress_bar, read_image
-from run_helpers import Parser, Ticker, UserError, number, run_script, storage_error, whole_file
+from run_helpers import Parser, Ticker, UserError, check_space, number, run_script, storage_error, whole_file
 
 MD5 = dict(STL10.train_list + STL10.test_list)
 SPLITS = {  # ours -> raw images, raw labels
@@ -64,6 +64,9 @@ def main():
     if is_done(raw, args.data_dir, counts):
         print(f"{args.data_dir} holds these images already: nothing to do")
         return
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    written = sum(file.stat().st_size for file in args.data_dir.rglob("*.png"))
+    check_space(args.data_dir, sum(counts.values()) * IMAGE_BYTES, written)  # PNGs are smaller, if not by much
     print(f"these files are {'the STL-10 release' if is_release(raw) else 'not the STL-10 release'}")
     for split in SPLITS:
         write_split(raw, args.data_dir, split)
@@ -117,6 +120,7 @@ def fetch(url, part):
     with response, open(part, "ab" if response.status == http.client.PARTIAL_CONTENT else "wb") as file:
         length = response.headers.get("Content-Length")
         total = length and file.tell() + int(length)
+        check_space(part.parent, total or 0, file.tell())
         bar = tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc="fetching", disable=None)
         slow, before = Ticker(SILENT_SECONDS), file.tell()
         with bar:

@@ -323,6 +323,13 @@ def test_too_little_free_disk_is_said_before_anything_is_done(call, tiny, tmp_pa
     assert call("pirl_stl_train_test", *more).status == 0
 
 
+def test_too_little_free_disk_for_the_images(call, raw_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5_000_000))
+    outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", tmp_path / "data")
+    assert outcome.is_one_line_error("data has 5 MB", "make room")
+    assert not list((tmp_path / "data").rglob("*.png"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_a_read_only_folder(call, tiny, tmp_path, script, monkeypatch):
     """Root may write anywhere, so the kernel's answer is put in its place."""

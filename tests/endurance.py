@@ -1,4 +1,4 @@
-"""2,000 steps on tiny images with a checkpoint every few steps: memory and open files at the end as at step 200.
+"""2,000 steps on tiny images, a checkpoint every 3 seconds: memory and open files at the end as at step 200.
 
 python tests/endurance.py
 """

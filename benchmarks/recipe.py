@@ -49,7 +49,8 @@ def parse_args():
     parser.add_argument("--rows", nargs="*", choices=[*ROWS, "random"], default=[], help="what to run")
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0], help="of each row")
     parser.add_argument("--epochs", type=number(int, 1), default=8, help="of pretraining")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of all runs")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of pretraining")
+    parser.add_argument("--labelled-precision", choices=["fp32", "bf16"], default="fp32", help="of the features")
     return parser.parse_args()
 
 
@@ -64,21 +65,22 @@ def main():
 
 
 def run_row(args, row, seed):
-    common = ["--data-dir", args.data_dir, "--seed", seed, "--precision", args.precision]
-    name, labelled = f"{row}_{seed}", ["--lr", 0.1, "--patience-for-lr-decay", 4, *common]
+    common, name = ["--data-dir", args.data_dir, "--seed", seed], f"{row}_{seed}"
+    labelled = ["--lr", 0.1, "--patience-for-lr-decay", 4, "--precision", args.labelled_precision, *common]
     if row != "random":
-        flags = ["--only-train", True, "--epochs", args.epochs, *common, *shlex.split(ROWS[row])]
+        flags = ["--only-train", True, "--epochs", args.epochs, "--precision", args.precision, *common]
+        flags += shlex.split(ROWS[row])
         pretrain(args.runs_dir, name, flags)
         labelled += ["--pirl-model-name", name]
-    fine_tune(args.runs_dir, f"{name}_labelled", labelled)
+    fine_tune(args.runs_dir, f"{name}_labelled_{args.labelled_precision}", labelled)
 
 
 def table(runs_dir):
     """Markdown: a row per finished run, the best first, with the flags by which it differs from today's defaults."""
     defaults, rows = settings_of(pirl.parse_args([])), []
-    for path in sorted((runs_dir / "weights").glob("*_labelled.pt")):
+    for path in sorted((runs_dir / "weights").glob("*_labelled_*.pt")):
         labelled = torch.load(path, map_location="cpu", weights_only=True)
-        pretrained = path.with_name(path.name.replace("_labelled.pt", ".pt"))
+        pretrained = path.with_name(path.name.partition("_labelled_")[0] + ".pt")
         command, seconds, images = "random trunk", 0, ""
         if pretrained.exists():
             content = torch.load(pretrained, map_location="cpu", weights_only=True)
@@ -91,10 +93,13 @@ def table(runs_dir):
         seed, machine = labelled["settings"]["seed"], labelled["machine"]
         where = f"{machine['device']}, {machine['threads']} threads"
         time = f"{seconds / 60:.1f}" if seconds else "0"
-        rows.append((softmax, [command, images, seed, f"{softmax:.2%}", f"{neighbours:.2%}", time, where]))
-    head = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "minutes", "device"]
+        precision = labelled["settings"]["precision"]
+        accuracies = f"{softmax:.2%}", f"{neighbours:.2%}", f"features in {precision}"
+        rows.append((softmax, [command, images, seed, *accuracies, time, where]))
+    head = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "measured on", "minutes", "device"]
     lines = [head, ["---"] * len(head), *(row for _, row in sorted(rows, key=lambda pair: -pair[0]))]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    text = "Best first. Made by `python -m benchmarks.recipe`, which names the data, from the runs' own files.\n\n"
+    return text + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
     """
     f, g = F.normalize(image_vectors.float(), dim=1), F.normalize(patch_vectors.float(), dim=1)
-    hits = (memory * g).sum(1) > (g @ negatives.T).masked_fill(hidden, -math.inf).amax(1)
+    from_bank = slice(1, 1 + len(negatives))
     if fresh is not None:
         negatives = torch.cat([negatives, F.normalize(fresh[0].float(), dim=1)])
         hidden = torch.cat([hidden, fresh[1]], 1)
@@ -249,6 +249,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     partner = memory if args.positive == "bank" else f
     logits_g = candidate_logits(partner, g, negatives, hidden, args.temp_parameter)
     logits_f = candidate_logits(memory, f, negatives, hidden, args.temp_parameter)
+    hits = (memory * g).sum(1) / args.temp_parameter > logits_g[:, from_bank].amax(1)
     return args.loss_weight * loss(logits_g) + (1 - args.loss_weight) * loss(logits_f), hits
 
 
@@ -284,8 +285,9 @@ def forward(run, index, draws, step_key):
     if args.batch_negatives:
         fresh = all_vectors, mine[:, None] == index
     losses, hits = pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fresh)
-    counts = float(len(share) > 0)
-    return all_vectors.detach(), losses * counts, hits * counts
+    if len(share) == 0:
+        losses, hits = losses * 0, hits * 0
+    return all_vectors.detach(), losses, hits
 
 
 class Gathered(torch.autograd.Function):

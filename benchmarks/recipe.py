@@ -1,6 +1,6 @@
 """What each part of the recipe brings: one change at a time, equal images and epochs, softmax-only and kNN accuracy.
 
-    python -m benchmarks.recipe --data-dir photos [--rows base lr-0.03 …] [--seeds 0 1]
+    python -m benchmarks.recipe --data-dir photos [--rows bank-64 lr-0.3 …] [--seeds 0 1]
 
 Runs what has not been run yet, one after the other (each goes on where it was interrupted), and writes the table of all
 finished runs in --runs-dir from their own files. Settings that a row does not name are those of the run's default then.

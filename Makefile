@@ -29,7 +29,7 @@ demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table
 	@echo; cat demo/observations_dir/results.md
 
 test: .venv/development  ## the test suite
-	$(PY) -m pytest -q -rs
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal
 
 FAULTS ?= 200
 faults: .venv/development  ## kill, interrupt, fill the disk …: the fault suite, long (FAULTS=200 SEED=0)

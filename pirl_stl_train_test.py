@@ -141,7 +141,7 @@ def main():
     experiment = Experiment(args, "PIRL checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
     if checkpoint is None and not (args.warm_start and not args.pirl_model_name):
-        experiment.refuse_taken_name()
+        experiment.refuse_taken_name(args.resume)
     run = start_run(args, device)
     if checkpoint is not None:
         resume(run, checkpoint, experiment)
@@ -458,13 +458,12 @@ def monitor(run):
     trunk = copy.deepcopy(run.model.trunk)
     with torch.compiler.set_stance("force_eager"):
         whole_image_statistics(run, trunk)
-        features = trunk_features(trunk, images, run.args.batch_size, run.precision)
+        features = trunk_features(trunk, images, run.args.batch_size)
     return neighbour_accuracy(features[search], labels[search], features[query], labels[query], CLASSES)
 
 
 def whole_image_statistics(run, trunk):
-    with autocast(run.device, run.precision):
-        estimate_statistics(trunk, run.images[: min(run.train_count, STATISTICS_IMAGES)], run.args.batch_size)
+    estimate_statistics(trunk, run.images[: min(run.train_count, STATISTICS_IMAGES)], run.args.batch_size)
 
 
 def knn_text(rows):

@@ -346,11 +346,11 @@ class Experiment:
     def files(self):
         return [f for f in (self.model, self.checkpoint, self.previous, self.observations) if f.exists()]
 
-    def refuse_taken_name(self):
+    def refuse_taken_name(self, resume):
         if rank() == 0 and (files := self.files()):
+            way = f"move it away, for {self.checkpoint} is gone" if resume else "go on with it by --resume True"
             raise UserError(
-                f"the name {self.name} is taken ({files[0]} exists): go on with it by --resume True, or choose another "
-                "--experiment-name"
+                f"the name {self.name} is taken ({files[0]} exists): {way}, or choose another --experiment-name"
             )
 
     def check_space(self, model, optimizer_copies, further):

@@ -141,10 +141,20 @@ def extract(archive, raw):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     print(f"unpacking {archive}")
+
+    def checked(member, path):
+        check_space(path, member.size)
+        if not (member.isfile() or member.isdir()) or member.name.startswith("/"):  # the library lets some of them pass
+            raise UserError(
+                f"{archive} is not to be trusted ({member.name} is a link, a device or an absolute path): remove it "
+                "and get another copy"
+            )
+        return tarfile.data_filter(member, path)
+
     try:
         with gzip.open(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                tar.extractall(part, filter="data")
+                tar.extractall(part, filter=checked)
             while stream.read(2**20):  # to the end, where gzip keeps its checksum
                 pass
     except tarfile.FilterError as error:

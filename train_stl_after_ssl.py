@@ -109,7 +109,7 @@ def main():
     experiment = Experiment(args, "labelled checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
     if checkpoint is None:
-        experiment.refuse_taken_name()
+        experiment.refuse_taken_name(args.resume)
     run = start_run(args, device)
     if checkpoint is not None:
         resume(run, checkpoint, experiment)
@@ -174,8 +174,7 @@ def start_run(args, device):
     model = Classifier(trunk, dimension, CLASSES).to(device, memory_format=torch.channels_last)
     precision = choose_precision(args, device)
     if not pretrained:  # a pretrained trunk comes with the statistics of whole images; give the random one the same
-        with autocast(device, precision):
-            estimate_statistics(trunk, images[train], args.batch_size)
+        estimate_statistics(trunk, images[train], args.batch_size)
     return Run(
         args=args,
         device=device,
@@ -289,7 +288,7 @@ def draw_neighbours(run, features, test_features):
 
 
 def features_of(run, images, flip=False):
-    return trunk_features(run.model.trunk, images, run.args.batch_size, run.precision, flip)
+    return trunk_features(run.model.trunk, images, run.args.batch_size, flip)
 
 
 def standardisation(features):

@@ -16,12 +16,19 @@ from benchmarks.runs import fine_tune, pretrain
 from run_helpers import Parser, number, run_script, settings_of, whole_file
 from train_stl_after_ssl import NEIGHBOURS, SOFTMAX
 
+BASE = "--batch-size 32 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05"
 ROWS = {  # name: flags of pretraining
     "bank-64": "--batch-size 64 --lr 0.1",
     "pair-batch-64": "--batch-size 64 --lr 0.1 --positive pair --batch-negatives True",
     "tau-0.2": "--batch-size 64 --lr 0.1 --temp-parameter 0.2",
     "colours-64": "--batch-size 64 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "bank-32-colours": "--batch-size 32 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
+    "bank-32-colours": BASE,
+    "mlp-32-colours": BASE + " --non-linear-head True",
+    "beta-0-32-colours": BASE + " --beta 0",
+    "crops-32-colours": BASE + " --crop-area 0.4",
+    "lr-0.03-32-colours": "--batch-size 32 --lr 0.03 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
+    "lr-0.3-32-colours": "--batch-size 32 --lr 0.3 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
+    "faint-32": "--batch-size 32 --lr 0.1 --colour-strength 0.2 --patch-colour-strength 0.2 --hue 0.02",
     "bank-16-colours": "--batch-size 16 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
     "bank-128": "--batch-size 128 --lr 0.1",
     "pair-64": "--batch-size 64 --lr 0.1 --positive pair",
@@ -50,7 +57,6 @@ def parse_args():
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0], help="of each row")
     parser.add_argument("--epochs", type=number(int, 1), default=8, help="of pretraining")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of pretraining")
-    parser.add_argument("--labelled-precision", choices=["fp32", "bf16"], default="fp32", help="of the features")
     return parser.parse_args()
 
 
@@ -66,21 +72,21 @@ def main():
 
 def run_row(args, row, seed):
     common, name = ["--data-dir", args.data_dir, "--seed", seed], f"{row}_{seed}"
-    labelled = ["--lr", 0.1, "--patience-for-lr-decay", 4, "--precision", args.labelled_precision, *common]
+    labelled = ["--lr", 0.1, "--patience-for-lr-decay", 4, *common]
     if row != "random":
         flags = ["--only-train", True, "--epochs", args.epochs, "--precision", args.precision, *common]
         flags += shlex.split(ROWS[row])
         pretrain(args.runs_dir, name, flags)
         labelled += ["--pirl-model-name", name]
-    fine_tune(args.runs_dir, f"{name}_labelled_{args.labelled_precision}", labelled)
+    fine_tune(args.runs_dir, f"{name}_labelled", labelled)
 
 
 def table(runs_dir):
     """Markdown: a row per finished run, the best first, with the flags by which it differs from today's defaults."""
     defaults, rows = settings_of(pirl.parse_args([])), []
-    for path in sorted((runs_dir / "weights").glob("*_labelled_*.pt")):
+    for path in sorted((runs_dir / "weights").glob("*_labelled.pt")):
         labelled = torch.load(path, map_location="cpu", weights_only=True)
-        pretrained = path.with_name(path.name.partition("_labelled_")[0] + ".pt")
+        pretrained = path.with_name(path.name.replace("_labelled", ""))
         command, seconds, images = "random trunk", 0, ""
         if pretrained.exists():
             content = torch.load(pretrained, map_location="cpu", weights_only=True)
@@ -93,10 +99,9 @@ def table(runs_dir):
         seed, machine = labelled["settings"]["seed"], labelled["machine"]
         where = f"{machine['device']}, {machine['threads']} threads"
         time = f"{seconds / 60:.1f}" if seconds else "0"
-        precision = labelled["settings"]["precision"]
-        accuracies = f"{softmax:.2%}", f"{neighbours:.2%}", f"features in {precision}"
+        accuracies = f"{softmax:.2%}", f"{neighbours:.2%}"
         rows.append((softmax, [command, images, seed, *accuracies, time, where]))
-    head = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "measured on", "minutes", "device"]
+    head = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "minutes", "device"]
     lines = [head, ["---"] * len(head), *(row for _, row in sorted(rows, key=lambda pair: -pair[0]))]
     text = "Best first. Made by `python -m benchmarks.recipe`, which names the data, from the runs' own files.\n\n"
     return text + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

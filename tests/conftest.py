@@ -118,6 +118,12 @@ def tiny(data_dir, tmp_path):
     ]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process is left with one of them at the end."""
+    slow = ("test_every_fault_is_survived", "test_overfits_64_images")
+    items.sort(key=lambda item: not item.name.startswith(slow))
+
+
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     """What runs in this process survives no power cut; test_faults.py starts processes, and they do sync."""

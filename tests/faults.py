@@ -27,7 +27,7 @@ from conftest import start, write_raw
 from tqdm import tqdm
 
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
-KILLS = 3  # of one run, until it is left to end
+KILLS = 3  # of one run, before it is left to end
 CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
 
 
@@ -135,10 +135,11 @@ def make_jobs(folder):
 def signalled(number, statuses):
     def fault(job, folder, rng):
         faults, problems = 0, []
-        for _ in range(KILLS):
+        while faults < KILLS and not problems:
             process = job.start(folder)
             time.sleep(rng.uniform(0, job.seconds))
-            if process.poll() is None:
+            running = process.poll() is None
+            if running:
                 process.send_signal(number)
                 faults += 1
             _, err = process.communicate(timeout=120)
@@ -146,11 +147,19 @@ def signalled(number, statuses):
             orderly = process.returncode in (0, *statuses) and len(err.splitlines()) <= 1
             if not orderly and process.returncode != -number:
                 problems.append(f"status {process.returncode}: {err.strip()}")
+            if not running:  # it ended before the signal came: another one is disturbed
+                job.same(folder, problems)
+                empty(folder)
         job.end(folder, problems)
         job.same(folder, problems)
         return faults, problems
 
     return fault
+
+
+def empty(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def twice_terminated(job, folder, rng):
@@ -262,8 +271,7 @@ def throw(plan, seed, folder, bar=None):
             if bar is not None:
                 bar.update(count)
         if not problems:  # what went wrong is left to be looked at
-            for path in sorted(own.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
+            empty(own)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(len(plan))))
@@ -276,7 +284,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the order (default: 0)")
     args = parser.parse_args()
     rng, plan, expected = random.Random(args.seed), [], 0
-    while expected < 1.15 * args.faults:  # some runs end before the signal comes
+    while expected < args.faults:
         plan.append(rng.choices(FAULTS, [weight for *_, weight in FAULTS])[0])
         expected += KILLS if plan[-1][2] in (SIGKILL, SIGTERM, SIGINT) else 1
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

@@ -238,6 +238,8 @@ def hostile(name, **attributes):
         hostile("stl10_binary/link", type=tarfile.SYMTYPE, linkname="../../outside"),
         hostile("stl10_binary/hard", type=tarfile.LNKTYPE, linkname="../../outside"),
         hostile("stl10_binary/device", type=tarfile.CHRTYPE),
+        hostile("stl10_binary/inside", type=tarfile.SYMTYPE, linkname="train_X.bin"),
+        hostile("/outside", size=1),
     ],
     ids=lambda member: member.name,
 )

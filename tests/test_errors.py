@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,6 +329,15 @@ def test_too_little_free_disk_for_the_images(call, raw_dir, tmp_path, monkeypatc
     outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", tmp_path / "data")
     assert outcome.is_one_line_error("data has 5 MB", "make room")
     assert not list((tmp_path / "data").rglob("*.png"))
+
+
+def test_too_little_free_disk_for_unpacking(call, raw_dir, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "stl10_binary.tar.gz", "w:gz") as archive:
+        archive.add(raw_dir / "stl10_binary", "stl10_binary")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000))  # unlabelled: 2.8 MB
+    outcome = call("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "data")
+    assert outcome.is_one_line_error("has 2 MB", "make room")
+    assert not (tmp_path / "stl10_binary").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])

@@ -4,7 +4,8 @@ from faults import FAULTS, SIGKILL, throw
 
 
 def test_every_fault_is_survived(tmp_path):
-    plan = [entry for entry in FAULTS if entry[2] is SIGKILL] * 4 + [e for e in FAULTS if e[2] is not SIGKILL]
+    kills = [entry for entry in FAULTS if entry[2] is SIGKILL] * 4
+    plan = kills[:10] + [entry for entry in FAULTS if entry[2] is not SIGKILL]
     tally, problems = throw(plan, seed=0, folder=tmp_path)
     assert not problems, "\n".join(problems)
     assert sum(tried for (name, _), (tried, _, _) in tally.items() if name == "SIGKILL") >= 30

@@ -143,6 +143,7 @@ class Run:
     trunk_name: str
     model: Classifier
     results: dict = field(default_factory=dict)  # strategy -> (validation accuracy, test accuracy)
+    predictions: torch.Tensor = None  # int64, of the test images, by the stage that has just ended
     rows: list = field(default_factory=list)  # of the CSV
     seconds: dict = field(default_factory=dict)  # strategy -> time that it took
     full_stage: dict = None  # where the full stage stands
@@ -247,6 +248,7 @@ def train_softmax_layer(run):
     )
     accuracy = train_and_test(run, features, test_features, run.train, run.validation)
     run.results[SOFTMAX] = accuracy
+    run.predictions = predictions(run, test_features)
     print(f"{SOFTMAX}: accuracy {accuracy[0]:.2%} on validation in the best of {args.epochs} epochs", flush=True)
     if args.folds:
         layer, rows = run.model.softmax_layer.state_dict(), run.rows
@@ -270,8 +272,7 @@ def train_and_test(run, features, test_features, train, validation):
     layer, fit = fit_softmax_layer((features - mean) / scale, run.labels, train, validation, run.args)
     run.rows = run.rows + fit["rows"]
     fold_standardisation(layer, mean, scale, run.model.softmax_layer)
-    with torch.no_grad():
-        hits = run.model.softmax_layer(test_features).argmax(1) == run.test_labels
+    hits = predictions(run, test_features) == run.test_labels
     return fit["val_acc"], hits.float().mean().item()
 
 
@@ -289,6 +290,12 @@ def draw_neighbours(run, features, test_features):
 
 def features_of(run, images, flip=False):
     return trunk_features(run.model.trunk, images, run.args.batch_size, flip)
+
+
+@torch.no_grad()
+def predictions(run, features):
+    """features [N, d] -> the classes int64 [N] by the softmax layer as it stands."""
+    return run.model.softmax_layer(features).argmax(1)
 
 
 def standardisation(features):
@@ -414,7 +421,8 @@ def train_whole_network(run, experiment, stop):
         keep()
         experiment.write_rows(run.rows)
     load_weights(model, stage["best"].get("model"), experiment.checkpoint)
-    run.results[FULL] = (stage["best"]["val_acc"], evaluate(run, run.test_images, run.test_labels)[1])
+    run.predictions = predictions(run, features_of(run, run.test_images))
+    run.results[FULL] = (stage["best"]["val_acc"], (run.predictions == run.test_labels).float().mean().item())
     run.full_stage = None
 
 
@@ -525,10 +533,10 @@ def report(run, experiment):
             file,
         )
     names = class_names(run.args.data_dir)
-    with torch.no_grad():
-        predictions = run.model.softmax_layer(features_of(run, run.test_images)).argmax(1)
+    if run.predictions is None:  # all stages had been done before
+        run.predictions = predictions(run, features_of(run, run.test_images))
     confusion = experiment.observations.with_name(f"{experiment.name}_confusion.png")
-    save_picture(confusion_picture(run.test_labels, predictions, names), confusion)
+    save_picture(confusion_picture(run.test_labels, run.predictions, names), confusion)
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
     for strategy, accuracies in run.results.items():
         if strategy == FOLDS:

@@ -19,13 +19,15 @@ PATCHES = 9
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # of the k-nearest-neighbour classifier
 
 
-def make_trunk(model_type, stem="imagenet"):
+def make_trunk(model_type, stem="imagenet", zero_init=True):
     """(torchvision's ResNet without its last layer, its output dimension d: 512, or 2048 for res50).
 
     stem "small": a first convolution of 3 × 3 with stride 1 instead of 7 × 7 with stride 2, for small images; it makes
-    four times the work. The state dict has torchvision's own names. Input [B, 3, H, W] float, output [B, d].
+    four times the work. zero_init: every residual block starts as its shortcut, for the scale of its last batch norm
+    is 0 (Goyal et al., arXiv:1706.02677, section 5.1). The state dict has torchvision's own names. Input
+    [B, 3, H, W] float, output [B, d].
     """
-    trunk = TRUNKS[model_type](weights=None)
+    trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
     dimension = trunk.fc.in_features
     trunk.fc = nn.Identity()
     if stem == "small":
@@ -57,9 +59,9 @@ class JigsawHead(nn.Module):
 class PIRL(nn.Module):
     """The trunk φ with head f for whole images and head g for their nine shuffled patches (paper, figure 3)."""
 
-    def __init__(self, model_type, non_linear_head=False, stem="imagenet"):
+    def __init__(self, model_type, non_linear_head=False, stem="imagenet", zero_init=True):
         super().__init__()
-        self.trunk, dimension = make_trunk(model_type, stem)
+        self.trunk, dimension = make_trunk(model_type, stem, zero_init)
         self.head_f = head_output(dimension, non_linear_head)
         self.head_g = JigsawHead(dimension, non_linear_head)
 

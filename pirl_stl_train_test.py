@@ -116,6 +116,7 @@ def parse_args(argv=None):
     add(
         "--stem", choices=["imagenet", "small"], default="imagenet", help="first convolution: 7 × 7 by 2, or 3 × 3 by 1"
     )
+    parser.add_switch("--zero-init", True, "every residual block of the trunk starts as its shortcut")
     parser.add_switch("--non-linear-head", False, "a ReLU and a further linear layer behind each head")
     parser.add_switch("--only-train", False, "train on all unlabelled images instead of 70 %%")
     add("--val-images", type=number(int, 1), default=4096, help="validate on at most so many of the other 30 %%")
@@ -515,7 +516,8 @@ def load_monitor(args, device):
 def make_run(args, device, images, train_count, checksum):
     """Network, optimiser and a bank of random vectors for images uint8 [N, 3, S, S] on `device`."""
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
-    model = PIRL(args.model_type, args.non_linear_head, args.stem).to(device, memory_format=torch.channels_last)
+    model = PIRL(args.model_type, args.non_linear_head, args.stem, args.zero_init)
+    model = model.to(device, memory_format=torch.channels_last)
     network = model
     if world_size() > 1:
         if device.type == "cuda":

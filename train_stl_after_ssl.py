@@ -77,6 +77,7 @@ def parse_args(argv=None):
     add_run_arguments(parser, experiment="e1_pirl_sup_")
     add = parser.add_argument
     add("--stem", choices=["imagenet", "small"], help="of a random trunk (default: imagenet, or that of the weights)")
+    parser.add_switch("--zero-init", True, "every residual block of a random trunk starts as its shortcut")
     add("--pirl-model-name", help="a path, or a name under the weights folder (default: a random trunk)")
     parser.add_switch("--full-fine-tune", False, "train the whole network after the softmax layer")
     add("--batch-size", type=number(int, 1), default=128, help="images per step")
@@ -155,7 +156,7 @@ def start_run(args, device):
     pretrained = read_torch_file(path, "PIRL weights") if path else None
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
     stem = args.stem or (pretrained or {}).get("stem", "imagenet")
-    trunk, dimension = make_trunk(args.model_type, stem)
+    trunk, dimension = make_trunk(args.model_type, stem, args.zero_init)
     if pretrained:
         load_weights(trunk, pretrained.get("trunk"), path)
         then = pretrained.get("settings", {}).get("image_size")

@@ -16,34 +16,36 @@ from benchmarks.runs import fine_tune, pretrain
 from run_helpers import Parser, number, run_script, settings_of, whole_file
 from train_stl_after_ssl import NEIGHBOURS, SOFTMAX
 
-BASE = "--batch-size 32 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05"
+FULL = "--lr 0.1 --colour-strength 1 --patch-colour-strength 1 --hue 0.1"
+HALF = "--lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05"
+PLAIN = "--zero-init False"
 ROWS = {  # name: flags of pretraining
-    "bank-64": "--batch-size 64 --lr 0.1",
-    "pair-batch-64": "--batch-size 64 --lr 0.1 --positive pair --batch-negatives True",
-    "tau-0.2": "--batch-size 64 --lr 0.1 --temp-parameter 0.2",
-    "colours-64": "--batch-size 64 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "bank-32-colours": BASE,
-    "mlp-32-colours": BASE + " --non-linear-head True",
-    "beta-0-32-colours": BASE + " --beta 0",
-    "crops-32-colours": BASE + " --crop-area 0.4",
-    "lr-0.03-32-colours": "--batch-size 32 --lr 0.03 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "lr-0.3-32-colours": "--batch-size 32 --lr 0.3 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "faint-32": "--batch-size 32 --lr 0.1 --colour-strength 0.2 --patch-colour-strength 0.2 --hue 0.02",
-    "bank-16-colours": "--batch-size 16 --lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05",
-    "bank-128": "--batch-size 128 --lr 0.1",
-    "pair-64": "--batch-size 64 --lr 0.1 --positive pair",
-    "bank-batch-64": "--batch-size 64 --lr 0.1 --batch-negatives True",
-    "random-bank-64": "--batch-size 64 --lr 0.1 --bank-start random",
-    "visited-64": "--batch-size 64 --lr 0.1 --bank-start visited",
-    "crops-64": "--batch-size 64 --lr 0.1 --crop-area 0.4",
-    "plain-patches-64": "--batch-size 64 --lr 0.1 --patch-colour-strength 0",
-    "lr-0.3": "--batch-size 64 --lr 0.3",
-    "beta-0": "--batch-size 64 --lr 0.1 --beta 0",
-    "jigsaw-heavier": "--batch-size 64 --lr 0.1 --loss-weight 0.8",
-    "negatives-1000": "--batch-size 64 --lr 0.1 --count-negatives 1000",
-    "norms-not-decayed": "--batch-size 64 --lr 0.1 --decay-norms False",
-    "mlp-heads": "--batch-size 64 --lr 0.1 --non-linear-head True",
-    "paper-loss": "--batch-size 64 --lr 0.1 --loss nce",
+    "bank-64": f"{FULL} {PLAIN} --batch-size 64",
+    "tau-0.2": f"{FULL} {PLAIN} --batch-size 64 --temp-parameter 0.2",
+    "pair-batch-64": f"{FULL} {PLAIN} --batch-size 64 --positive pair --batch-negatives True",
+    "colours-64": f"{HALF} {PLAIN} --batch-size 64",
+    "bank-32-colours": f"{HALF} {PLAIN} --batch-size 32",
+    "bank-16-colours": f"{HALF} {PLAIN} --batch-size 16",
+    "zero-init-32-colours": f"{HALF} --batch-size 32",
+    "zero-init-64": f"{HALF} --batch-size 64",
+    "zero-init-64-full": f"{FULL} --batch-size 64",
+    "zero-init-128": f"{HALF} --batch-size 128",
+    "zero-init-128-0.3": f"{HALF} --batch-size 128 --lr 0.3",
+    "zero-init-64-0.03": f"{HALF} --batch-size 64 --lr 0.03",
+    "faint": f"{HALF} --batch-size 64 --colour-strength 0.2 --patch-colour-strength 0.2 --hue 0.02",
+    "crops": f"{HALF} --batch-size 64 --crop-area 0.4",
+    "mlp-heads": f"{HALF} --batch-size 64 --non-linear-head True",
+    "beta-0": f"{HALF} --batch-size 64 --beta 0",
+    "tau-0.15": f"{HALF} --batch-size 64 --temp-parameter 0.15",
+    "lighter-jigsaw": f"{HALF} --batch-size 64 --loss-weight 0.25",
+    "heavier-jigsaw": f"{HALF} --batch-size 64 --loss-weight 0.75",
+    "random-bank": f"{HALF} --batch-size 64 --bank-start random",
+    "visited": f"{HALF} --batch-size 64 --bank-start visited",
+    "pair": f"{HALF} --batch-size 64 --positive pair",
+    "bank-batch": f"{HALF} --batch-size 64 --batch-negatives True",
+    "negatives-1000": f"{HALF} --batch-size 64 --count-negatives 1000",
+    "norms-not-decayed": f"{HALF} --batch-size 64 --decay-norms False",
+    "paper-loss": f"{HALF} --batch-size 64 --loss nce",
 }
 SHOWN_NOWHERE = pirl.MAY_DIFFER | {"experiment_name", "seed", "data_dir", "tmax_for_cos_decay", "epochs"}
 
@@ -53,7 +55,9 @@ def parse_args():
     parser.add_argument("--data-dir", type=Path, default=Path("stl10_data"), help="what stl10_data_load.py wrote")
     parser.add_argument("--runs-dir", type=Path, default=Path("recipe_runs"), help="for the files of the runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/recipe.md"), help="the table")
-    parser.add_argument("--rows", nargs="*", choices=[*ROWS, "random"], default=[], help="what to run")
+    parser.add_argument(
+        "--rows", nargs="*", choices=[*ROWS, "random", "random-plain-init"], default=[], help="what to run"
+    )
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0], help="of each row")
     parser.add_argument("--epochs", type=number(int, 1), default=8, help="of pretraining")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of pretraining")
@@ -73,7 +77,9 @@ def main():
 def run_row(args, row, seed):
     common, name = ["--data-dir", args.data_dir, "--seed", seed], f"{row}_{seed}"
     labelled = ["--lr", 0.1, "--patience-for-lr-decay", 4, *common]
-    if row != "random":
+    if row.startswith("random"):
+        labelled += ["--zero-init", row == "random"]
+    else:
         flags = ["--only-train", True, "--epochs", args.epochs, "--precision", args.precision, *common]
         flags += shlex.split(ROWS[row])
         pretrain(args.runs_dir, name, flags)

@@ -15,7 +15,7 @@ from conftest import start, write_raw
 
 import stl10_data_load
 
-STEPS, STEPS_PER_EPOCH, BATCH = 2000, 25, 4
+STEPS, STEPS_PER_EPOCH, BATCH, MINUTES = 2000, 25, 4, 0.05
 MOST = 20e6  # bytes
 
 
@@ -24,27 +24,11 @@ def main():
     raw = write_raw(folder / "raw", {"train": 60, "test": 40, "unlabelled": STEPS_PER_EPOCH * BATCH})
     for split in stl10_data_load.SPLITS:
         stl10_data_load.write_split(raw, folder / "data", split)
-    process = start(
-        *(
-            "pirl_stl_train_test",
-            "--data-dir",
-            folder / "data",
-            "--image-size",
-            36,
-            "--batch-size",
-            BATCH,
-            "--only-train",
-        ),
-        *("--epochs", STEPS // STEPS_PER_EPOCH, "--device", "cpu", "--checkpoint-minutes", 0.01, "--knn-every", 20),
-        *(
-            "--weights-dir",
-            folder / "weights",
-            "--observations-dir",
-            folder / "observations",
-            "--experiment-name",
-            "run",
-        ),
-    )
+    sizes = ["--image-size", 36, "--batch-size", BATCH, "--epochs", STEPS // STEPS_PER_EPOCH, "--only-train"]
+    times = ["--checkpoint-minutes", MINUTES, "--knn-every", 20]
+    paths = ["--data-dir", folder / "data", "--weights-dir", folder / "weights"]
+    paths += ["--observations-dir", folder / "observations", "--experiment-name", "run"]
+    process = start("pirl_stl_train_test", *sizes, *times, *paths, "--device", "cpu")
     rows, checkpoints, seen, written = folder / "observations/run_observations.csv", 0, {}, None
     while process.poll() is None:
         time.sleep(0.05)

@@ -265,8 +265,9 @@ LABELLED_VIEW_DRAWS = CROP_DRAWS + 3
 
 CROP_AREA = (0.2, 1.0)  # of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width to height
-BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors from 1 − x to 1 + x
-HUE = 0.1  # of a full turn, either way
+BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors from 1 − x to 1 + x, at strength 1
+COLOUR_STRENGTH = 0.5
+HUE = 0.05  # of a full turn, either way
 JITTER_SHARE = 0.8  # of the images; the others keep their colours
 GRAY_SHARE = 0.2
 
@@ -274,7 +275,7 @@ LUMA = (0.299, 0.587, 0.114)
 YIQ = ((*LUMA,), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # luma and two axes of colour
 
 
-def image_view(images, draws, least_area=CROP_AREA[0], strength=1.0, hue=HUE):
+def image_view(images, draws, least_area=CROP_AREA[0], strength=COLOUR_STRENGTH, hue=HUE):
     """The image view I: random resized crop, flip, colour jitter, grayscale (paper, appendix A).
 
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 11] -> [B, 3, S, S] float32, normalised, channels-last.
@@ -343,7 +344,7 @@ def sample(images, y, x):
     return sampled.unflatten(2, (regions, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def jitter(draws, strength=1.0, hue=HUE):
+def jitter(draws, strength=COLOUR_STRENGTH, hue=HUE):
     """draws [N, 6] -> brightness, contrast, saturation (0 is gray) and hue angle in radians, each [N].
 
     strength multiplies how far the first three may go from 1; hue is how far colours may turn, of a full turn. With

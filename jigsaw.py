@@ -10,6 +10,7 @@ from torchvision.utils import make_grid
 
 from dataset_helpers import (
     COLOUR_DRAWS,
+    COLOUR_STRENGTH,
     CROP_ASPECT,
     CROP_DRAWS,
     HUE,
@@ -54,7 +55,7 @@ def patch_places(offset_draws, order_draws, side):
     return permutation, rows, columns
 
 
-def jigsaw_view(images, draws, strength=1.0, hue=HUE):
+def jigsaw_view(images, draws, strength=COLOUR_STRENGTH, hue=HUE):
     """The pretext view I_t: crop of at least 60 %, 3 × 3 grid, a random patch of each cell, own colours each, shuffled.
 
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 85] -> [B·9, 3, P, P] float32, normalised, channels-last, the

@@ -16,6 +16,9 @@ from torch import distributed, nn
 
 from dataset_helpers import (
     CLASSES,
+    COLOUR_STRENGTH,
+    CROP_AREA,
+    HUE,
     IMAGE_VIEW_DRAWS,
     MEAN,
     STD,
@@ -83,19 +86,18 @@ def parse_args(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add_run_arguments(parser, experiment="e1_resnet18_")
     add = parser.add_argument
-    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--batch-size", type=number(int, 1), default=32, help="images per step")
     add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
-    add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of SGD (momentum 0.9) after the warm-up")
+    add("--lr", type=number(float, 0, 100), default=0.1, help="learning rate of SGD (momentum 0.9) after the warm-up")
     add("--warmup-steps", type=number(int, 0), default=100, help="the learning rate rises over them from 0")
     add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the cosine reaches 0 (default: --epochs)")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of the weights")
     parser.add_switch("--decay-norms", True, "of batch norm's weights and of the biases too")
-    add(
-        "--crop-area", type=number(float, 0.01, 1), default=0.2, help="of image views at least, as a share of the image"
-    )
-    add("--colour-strength", type=number(float, 0, 2), default=1.0, help="of image views' colour jitter; 0 is none")
-    add("--patch-colour-strength", type=number(float, 0, 2), default=1.0, help="the same for patches")
-    add("--hue", type=number(float, 0, 0.5), default=0.1, help="how far colours turn, of a full turn")
+    share, strength = number(float, 0.01, 1), number(float, 0, 2)
+    add("--crop-area", type=share, default=CROP_AREA[0], help="of image views at least, as a share of the image")
+    add("--colour-strength", type=strength, default=COLOUR_STRENGTH, help="of image views' colour jitter; 0 is none")
+    add("--patch-colour-strength", type=strength, default=COLOUR_STRENGTH, help="the same for patches")
+    add("--hue", type=number(float, 0, 0.5), default=HUE, help="how far colours turn, of a full turn")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce: the paper's equation 5")
     add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the share of the jigsaw term")

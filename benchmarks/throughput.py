@@ -140,7 +140,8 @@ class PerImageViews(Dataset):
     def __init__(self, images):
         self.images, side = images, images.shape[-1]
         self.cell, self.patch = jigsaw.patch_sizes(side)
-        jitter = transforms.ColorJitter(dh.BRIGHTNESS, dh.CONTRAST, dh.SATURATION, dh.HUE)
+        factors = (dh.COLOUR_STRENGTH * factor for factor in (dh.BRIGHTNESS, dh.CONTRAST, dh.SATURATION))
+        jitter = transforms.ColorJitter(*factors, dh.HUE)
         colour = [transforms.RandomApply([jitter], dh.JITTER_SHARE), transforms.RandomGrayscale(dh.GRAY_SHARE)]
         finish = [transforms.ToTensor(), transforms.Normalize(dh.MEAN, dh.STD)]
         crop = transforms.RandomResizedCrop(side, dh.CROP_AREA, dh.CROP_ASPECT)

@@ -129,15 +129,16 @@ def test_hue_is_near_torchvision_s_in_the_colour_plane():
     assert torch.cosine_similarity(mine, theirs, dim=0) > 0.7
 
 
-def test_jitter_parameters_are_those_that_are_documented():
-    brightness, contrast, saturation, hue = dh.jitter(draws(20000, 6, seed=4))
+@pytest.mark.parametrize(("strength", "turn", "factors"), [((), 0.05, (0.8, 1.2)), ((1, 0.1), 0.1, (0.6, 1.4))])
+def test_jitter_parameters_are_those_that_are_documented(strength, turn, factors):
+    brightness, contrast, saturation, hue = dh.jitter(draws(20000, 6, seed=4), *strength)
     kept = (brightness == 1) & (contrast == 1) & (hue == 0)
     assert kept.float().mean() == pytest.approx(0.2, abs=0.015)
     assert (saturation == 0).float().mean() == pytest.approx(0.2, abs=0.015)
     for factor in (brightness, contrast, saturation[saturation > 0]):
-        assert factor.min() == pytest.approx(0.6, abs=0.01)
-        assert factor.max() == pytest.approx(1.4, abs=0.01)
-    assert hue.abs().max() == pytest.approx(0.2 * math.pi, abs=0.01)
+        assert factor.min() == pytest.approx(factors[0], abs=0.01)
+        assert factor.max() == pytest.approx(factors[1], abs=0.01)
+    assert hue.abs().max() == pytest.approx(turn * 2 * math.pi, abs=0.01)
 
 
 def test_labelled_view_turns_about_the_middle():

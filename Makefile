@@ -41,7 +41,7 @@ EPOCHS ?= 100
 LABELLED_EPOCHS ?= 100
 results: .venv/runtime  ## the whole results table (DATA=stl10_data SEEDS=3 EPOCHS=100 LABELLED_EPOCHS=100 FLAGS='')
 	$(PY) -m benchmarks.results --data-dir $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) \
-	    --labelled-epochs $(LABELLED_EPOCHS) --flags "$(FLAGS)" --labelled-flags "$(LABELLED_FLAGS)" --common-flags "$(COMMON_FLAGS)"
+	    --labelled-epochs $(LABELLED_EPOCHS) --flags="$(FLAGS)" --labelled-flags="$(LABELLED_FLAGS)" --common-flags="$(COMMON_FLAGS)"
 
 lint: .venv/development  ## ruff's checks and its formatting
 	$(PY) -m ruff check .

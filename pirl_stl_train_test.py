@@ -209,8 +209,8 @@ class Run:
 def candidate_logits(u, w, negatives, hidden, temperature):
     """[s(u, w), s(w, m_1), …, s(w, m_K)] / τ: the positive and the negatives among which it is to be found.
 
-    u, w [B, 128] and negatives [K, 128] are unit vectors, hidden [B, K] is True where m_k is no negative of that
-    image: its logit is −∞. Returns [B, 1 + K].
+    u, w [B, 128] and negatives [C, 128] are unit vectors, hidden [B, C] is True where m_k is no negative of that
+    image: its logit is −∞. Returns [B, 1 + C]. (C is K + 1 and more: see MemoryBank.draw_negatives.)
     """
     positive = (u * w).sum(1, keepdim=True)
     against_bank = (w @ negatives.T).masked_fill(hidden, -math.inf)
@@ -239,7 +239,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     """L = λ · loss(partner, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6), and the pretext hits.
 
     The partner of g(φ(I_t)) is m_I, or f(φ(I)) for --positive pair. image_vectors, patch_vectors [B, 128] of the
-    network, memory [B, 128] the images' own rows of the bank, negatives [K, 128], hidden [B, K]. fresh is further
+    network, memory [B, 128] the images' own rows of the bank, negatives [C, 128], hidden [B, C]. fresh is further
     negatives: f(φ(I)) [B', 128] of a whole batch, and which row is the image itself [B, B'] bool. Returns the loss [B]
     and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
     """
@@ -378,11 +378,11 @@ def agreed(run, stop, kept=None):
 
     On GPUs several ranks ask one another at every 16th step only: their hosts need not run in step.
     """
+    if run.ranks > 1 and run.device.type == "cuda" and run.step % 16:
+        return 0, False
     flags = [stop.number or 0, bool(kept and rank() == 0 and kept.due())]
     if run.ranks == 1:
         return flags
-    if run.device.type == "cuda" and run.step % 16:
-        return 0, False
     flags = torch.tensor(flags, dtype=torch.int32)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return flags.tolist()
@@ -600,19 +600,22 @@ def warm_start(run, experiment):
 
 def resume(run, checkpoint, experiment):
     """Put everything back to where the checkpoint was written."""
-    expected = {"images": int, "model": dict, "epoch": int, "step": int, "seconds": float, "rows": list}
-    expected |= {"bank": run.bank.vectors.shape, "statistics": (run.steps, 2)}
-    check_fields(checkpoint, expected, experiment.checkpoint)
+    check_fields(checkpoint, {"images": int}, experiment.checkpoint)
     if checkpoint["images"] != run.checksum:
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
+    expected = {"model": dict, "optimizer": dict, "epoch": int, "step": int, "seconds": float, "rows": list}
+    expected |= {"bank": run.bank.vectors.shape, "statistics": (run.steps, 2)}
+    if run.args.bank_start == "visited":
+        expected["visited"] = (len(run.images),)
+    check_fields(checkpoint, expected, experiment.checkpoint)
     for name, module in parts(run.model).items():
         load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)
     load_optimizer(run.optimizer, checkpoint["optimizer"], experiment.checkpoint)
     run.bank.vectors.copy_(checkpoint["bank"])
-    visited = checkpoint["visited"]
-    run.bank.visited = None if visited is None else visited.to(run.device)
+    if run.args.bank_start == "visited":
+        run.bank.visited = checkpoint["visited"].to(run.device)
     run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
     run.statistics = checkpoint["statistics"].to(run.device)
     run.seconds, run.rows = checkpoint["seconds"], checkpoint["rows"]

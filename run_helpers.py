@@ -42,16 +42,22 @@ def run_script(main):
     except UserError as error:
         end(str(error))
     except KeyboardInterrupt as error:
-        end("interrupted: the same command does the rest", 143 if isinstance(error, Terminated) else 130)
+        end_interrupted(error)
     except torch.OutOfMemoryError:
         end("the GPU's memory is full: choose a smaller --batch-size, or free the card")
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch.save puts an error of its own in its place
+            end_interrupted(error.__context__)
         reason = storage_error(error)
         if isinstance(error, distributed.DistError) or (world_size() > 1 and "gloo/transport" in str(error)):
             reason = "another rank of this job has ended: go on with --resume True and the same command"
         if reason is None:
             raise
         end(reason)
+
+
+def end_interrupted(error):
+    end("interrupted: the same command does the rest", 143 if isinstance(error, Terminated) else 130)
 
 
 def end(line, status=1):
@@ -75,6 +81,7 @@ def storage_error(error):
         errno.EACCES: "choose a folder that you may write to and files that you may read",
         errno.EPERM: "choose a folder that you may write to",
         errno.ENOTDIR: "a file stands where a folder is needed; name another path",
+        errno.EEXIST: "a file stands where a folder is needed; name another path",
         errno.EISDIR: "a folder stands where a file is needed; name another path",
         errno.ENAMETOOLONG: "choose a shorter name",
         errno.EIO: "the disk reports an error; what was written before is intact",
@@ -103,7 +110,8 @@ def join_ranks(device):
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if world_size() > 1:
-        distributed.init_process_group(device_id=device if device.type == "cuda" else None)
+        cuda = device.type == "cuda"
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
 
 
 def first_to_end():
@@ -454,9 +462,8 @@ def check_fields(state, expected, path):
         if isinstance(what, type):
             good = isinstance(value, what)
         else:
-            good = (
-                isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(what) and value.dtype.is_floating_point
-            )
+            good = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(what)
+            good = good and (value.dtype.is_floating_point or value.dtype == torch.bool)
         if not good:
             raise UserError(f"{path} is damaged ({name} is not what it should be): use another copy")
 

@@ -212,8 +212,9 @@ def read_folds(data_dir, count, device):
 
 def announce(run):
     args = run.args
+    precision = f" in {run.precision}" if args.full_fine_tune else ""
     print(
-        f"{args.experiment_name}: {args.model_type}, {run.trunk_name}, on {run.device.type} in {run.precision}, "
+        f"{args.experiment_name}: {args.model_type}, {run.trunk_name}, on {run.device.type}{precision}, "
         f"seed {args.seed}\n"
         f"  {len(run.train)} training, {len(run.validation)} validation and {len(run.test_images)} test images of "
         f"{args.image_size} × {args.image_size} pixels, {args.epochs} epochs of {steps_per_epoch(run)} steps for "
@@ -498,14 +499,16 @@ def state_of(run):
 
 def resume(run, checkpoint, experiment):
     """Put everything back to where the checkpoint was written."""
+    expected = {"images": list, "model": dict, "results": dict, "rows": list, "seconds": dict}
+    check_fields(checkpoint, expected, experiment.checkpoint)
     if checkpoint["images"] != run.checksum:
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
-    expected = {"model": dict, "results": dict, "rows": list, "seconds": dict}
-    check_fields(checkpoint, expected, experiment.checkpoint)
+    if checkpoint.get("full_stage") and not run.args.full_fine_tune:
+        raise UserError(f"{experiment.checkpoint} is of a full stage that was interrupted: add --full-fine-tune True")
     load_weights(run.model, checkpoint["model"], experiment.checkpoint)
-    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint["full_stage"]
+    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint.get("full_stage")
     run.seconds = checkpoint["seconds"]
     experiment.write_rows(run.rows)
     print(f"going on from {experiment.checkpoint}")

@@ -1,6 +1,6 @@
 """What each part of the recipe brings: one change at a time, equal images and epochs, softmax-only and kNN accuracy.
 
-    python -m benchmarks.recipe --data-dir photos [--rows bank-64 lr-0.3 …] [--seeds 0 1]
+    python -m benchmarks.recipe --data-dir photos [--rows crops lr-0.2 …] [--seeds 0 1]
 
 Runs what has not been run yet, one after the other (each goes on where it was interrupted), and writes the table of all
 finished runs in --runs-dir from their own files. Settings that a row does not name are those of the run's default then.
@@ -95,7 +95,7 @@ def table(runs_dir):
     for path in sorted((runs_dir / "weights").glob("*_labelled.pt")):
         labelled = torch.load(path, map_location="cpu", weights_only=True)
         pretrained = path.with_name(path.name.replace("_labelled", ""))
-        command, seconds, images = "random trunk", 0, ""
+        command, seconds, images = f"random trunk, `--zero-init {labelled['settings']['zero_init']}`", 0, ""
         if pretrained.exists():
             content = torch.load(pretrained, map_location="cpu", weights_only=True)
             changed = {k: v for k, v in content["settings"].items() if v != defaults.get(k) and k not in SHOWN_NOWHERE}

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, start
 from PIL import Image
 
-from run_helpers import run_script
+from run_helpers import Terminated, run_script
 
 SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
 
@@ -247,6 +247,9 @@ def test_a_folder_that_cannot_be_made(call, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     outcome = call("pirl_stl_train_test", *tiny, "--weights-dir", tmp_path / "file/weights")
     assert outcome.is_one_line_error("file/weights")
+    for flag in ("--weights-dir", "--observations-dir"):
+        outcome = call("pirl_stl_train_test", *tiny, flag, tmp_path / "file")
+        assert outcome.is_one_line_error("file", "name another path")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, tmp_path):
@@ -300,6 +303,22 @@ def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
     process.kill()
     process.wait()
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").is_one_line_error("--resume")
+
+
+@pytest.mark.parametrize(("interrupt", "status"), [(Terminated, 143), (KeyboardInterrupt, 130)])
+def test_a_signal_while_torch_writes_a_file(call, tiny, tmp_path, monkeypatch, interrupt, status):
+    """Torch fails to end its archive then, and the signal is but the context of that error."""
+
+    def save(state, file):
+        try:
+            raise interrupt
+        finally:
+            raise RuntimeError("unexpected pos 25885184 vs 25885080")
+
+    monkeypatch.setattr(torch, "save", save)
+    outcome = call("train_stl_after_ssl", *tiny, "--epochs", 1, "--experiment-name", "exp")
+    assert outcome.is_one_line_error("interrupted", status=status)
+    assert not list((tmp_path / "weights").glob("*exp*.p*"))
 
 
 def wait_for(path, process):

@@ -139,6 +139,8 @@ def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch, stop_a
         outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves")
     assert outcome.status == 130
     assert "--resume True" in outcome.out
+    outcome = call("train_stl_after_ssl", *tiny, "--epochs", 3, "--experiment-name", "halves", "--resume")
+    assert outcome.is_one_line_error("interrupted", "--full-fine-tune True")
     outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves", "--resume")
     assert outcome.status == 0, outcome.err
     whole, halves = weights(tmp_path, "whole"), weights(tmp_path, "halves")

@@ -441,12 +441,13 @@ def train_epoch(run, experiment, optimizer, keep, stop):
     model.train()
     with progress_bar(len(order), f"{FULL}, epoch {epoch}", " images", first * args.batch_size) as bar:
         for index in order.split(args.batch_size)[first:]:
-            if stop.number or due.due():
+            number = stop.number  # once: a signal may come at any moment
+            if number or due.due():
                 check_finite(run, experiment)
                 keep()
-            if stop.number:
+            if number:
                 print(f"stopped in epoch {epoch} of {FULL}; --resume True with the same command goes on")
-                sys.exit(128 + stop.number)
+                sys.exit(128 + number)
             view = labelled_view(run.images.index_select(0, index).float(), draws[index])
             with autocast(run.device, run.precision):
                 logits = model(view)

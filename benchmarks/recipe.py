@@ -95,16 +95,18 @@ def table(runs_dir):
     for path in sorted((runs_dir / "weights").glob("*_labelled.pt")):
         labelled = torch.load(path, map_location="cpu", weights_only=True)
         pretrained = path.with_name(path.name.replace("_labelled", ""))
-        command, seconds, images = f"random trunk, `--zero-init {labelled['settings']['zero_init']}`", 0, ""
+        seconds, images, machine = 0, "", labelled["machine"]
+        command = f"random trunk, `--zero-init {labelled['settings']['zero_init']}`"
         if pretrained.exists():
             content = torch.load(pretrained, map_location="cpu", weights_only=True)
             changed = {k: v for k, v in content["settings"].items() if v != defaults.get(k) and k not in SHOWN_NOWHERE}
             flags = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
             command = " ".join(["`python pirl_stl_train_test.py", f"--epochs {content['settings']['epochs']}", *flags])
-            command, images = command + "`", f"{content['images']} × {len(content['rows'])}"
+            command, machine = command + "`", content["machine"]
+            images = f"{content['images']} × {len(content['rows'])}"
             seconds = sum(row["seconds"] for row in content["rows"])
         softmax, neighbours = (labelled["results"][strategy][1] for strategy in (SOFTMAX, NEIGHBOURS))
-        seed, machine = labelled["settings"]["seed"], labelled["machine"]
+        seed = labelled["settings"]["seed"]
         where = f"{machine['device']}, {machine['threads']} threads"
         time = f"{seconds / 60:.1f}" if seconds else "0"
         accuracies = f"{softmax:.2%}", f"{neighbours:.2%}"

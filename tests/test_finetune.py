@@ -129,8 +129,8 @@ def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch, stop_a
     class StopLater(StopSignal):
         @property
         def number(self):
-            steps.append(1)  # it is asked twice per step
-            return 2 if len(steps) > 2 * stop_after + 1 else None
+            steps.append(1)  # it is asked once per step
+            return 2 if len(steps) > stop_after else None
 
         number = number.setter(lambda self, value: None)
 

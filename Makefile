@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table, in the folder demo/ (SEED=0)
 	rm -rf demo
 	$(PY) stl10_data_load.py --synthetic --seed $(SEED) --raw-dir demo/raw --data-dir demo/data
-	$(PY) pirl_stl_train_test.py $(DEMO) --batch-size 32 --lr 0.1 --epochs 6 --only-train True --experiment-name pirl
+	$(PY) pirl_stl_train_test.py $(DEMO) --epochs 6 --only-train True --experiment-name pirl
 	$(DEMO_LABELLED) --experiment-name labelled_random
 	$(DEMO_LABELLED) --experiment-name labelled_pirl --pirl-model-name pirl
 	@echo; cat demo/observations_dir/results.md

@@ -195,14 +195,19 @@ def progress_bar(total, what, unit, done=0):
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hide, dynamic_ncols=True, leave=False)
 
 
+def unlabelled_files(data_dir):
+    files = image_files(data_dir / "unlabelled")
+    if not files:
+        raise UserError(f"{data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
+    return files
+
+
 def load_unlabelled(data_dir, side, device, seed, only_train, val_images):
     """The unlabelled images that a run uses: those to train on, then at most `val_images` of the others.
 
     Returns (images uint8 [N, 3, side, side] on `device`, the number of training images, checksum).
     """
-    files = image_files(data_dir / "unlabelled")
-    if not files:
-        raise UserError(f"{data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
+    files = unlabelled_files(data_dir)
     train, validation = unlabelled_split(len(files), seed, only_train)
     rows = torch.cat([train, validation[:val_images]]).tolist()
     images, checksum = load_images(files, data_dir / "unlabelled", rows, side, device)

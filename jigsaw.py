@@ -17,16 +17,16 @@ from dataset_helpers import (
     STL10_SIDE,
     crop_box,
     crop_coordinates,
-    image_files,
     jitter,
     pixels_of,
     read_image,
     recolour,
     sample,
     uniform_draws,
+    unlabelled_files,
 )
 from pictures import save_picture
-from run_helpers import VIEWS, Parser, UserError, number, run_script
+from run_helpers import VIEWS, Parser, number, run_script
 
 GRID = 3
 CELLS = GRID * GRID
@@ -101,9 +101,7 @@ def main():
     parser.add_argument("--images", type=number(int, 1, 100), default=4, help="how many, the first of unlabelled/")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the views")
     args = parser.parse_args()
-    files = image_files(args.data_dir / "unlabelled")[: args.images]
-    if not files:
-        raise UserError(f"{args.data_dir / 'unlabelled'} holds no images: run stl10_data_load.py")
+    files = unlabelled_files(args.data_dir)[: args.images]
     images = torch.stack([torch.from_numpy(read_image(file, STL10_SIDE).copy()) for file in files])
     draws = uniform_draws(len(images), JIGSAW_DRAWS, args.seed, VIEWS, 1, device="cpu")
     save_picture(picture(images.float(), draws), args.out)

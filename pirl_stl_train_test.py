@@ -29,6 +29,8 @@ from dataset_helpers import (
     progress_bar,
     stratified_split,
     uniform_draws,
+    unlabelled_files,
+    unlabelled_split,
 )
 from jigsaw import JIGSAW_DRAWS, jigsaw_view
 from memory_bank import MemoryBank
@@ -75,6 +77,7 @@ from run_helpers import (
 )
 
 DEFAULT_NEGATIVES = 6400
+FEWEST_STEPS = 1000  # that a run should have: see the rows of batch sizes in benchmarks/recipe.md
 STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
 GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
 # What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
@@ -86,7 +89,11 @@ def parse_args(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add_run_arguments(parser, experiment="e1_resnet18_")
     add = parser.add_argument
-    add("--batch-size", type=number(int, 1), default=32, help="images per step")
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        help=f"images per step (default: 128, or 64 or 32 where the run would have less than {FEWEST_STEPS} steps)",
+    )
     add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
     add("--lr", type=number(float, 0, 100), default=0.1, help="learning rate of SGD (momentum 0.9) after the warm-up")
     add("--warmup-steps", type=number(int, 0), default=100, help="the learning rate rises over them from 0")
@@ -141,6 +148,9 @@ def main():
     args = parse_args()
     device = choose_device(args)
     join_ranks(device)
+    if args.batch_size is None:
+        train, _ = unlabelled_split(len(unlabelled_files(args.data_dir)), args.seed, args.only_train)
+        args.batch_size = default_batch_size(len(train), args.tmax_for_cos_decay)
     experiment = Experiment(args, "PIRL checkpoint")
     checkpoint = experiment.load_checkpoint(settings_of(args), MAY_DIFFER) if args.resume else None
     if checkpoint is None and not (args.warm_start and not args.pirl_model_name):
@@ -169,6 +179,12 @@ def main():
     export(run, experiment)
     if run.ranks > 1:
         distributed.destroy_process_group()
+
+
+def default_batch_size(images, epochs):
+    """128; in short runs, where the number of steps decides, 64 or 32, but never more than there are images."""
+    enough = [size for size in (128, 64, 32) if images * epochs >= FEWEST_STEPS * size]
+    return min(enough[0] if enough else 32, images)
 
 
 @dataclass

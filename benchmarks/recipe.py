@@ -49,6 +49,7 @@ ROWS = {  # name: flags of pretraining
     "norms-not-decayed": f"{HALF} --batch-size 32 --decay-norms False",
     "paper-loss": f"{HALF} --batch-size 32 --loss nce",
 }
+HEAD = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "minutes", "device"]
 SHOWN_NOWHERE = pirl.MAY_DIFFER | {"experiment_name", "seed", "data_dir", "tmax_for_cos_decay", "epochs"}
 
 
@@ -71,8 +72,9 @@ def main():
     for seed in args.seeds:
         for row in args.rows:
             run_row(args, row, seed)
+    text = table(args.runs_dir, args.out.read_text() if args.out.exists() else "")
     with whole_file(args.out, "w") as file:
-        file.write(table(args.runs_dir))
+        file.write(text)
     print(f"wrote {args.out}")
 
 
@@ -89,9 +91,16 @@ def run_row(args, row, seed):
     fine_tune(args.runs_dir, f"{name}_labelled", labelled)
 
 
-def table(runs_dir):
-    """Markdown: a row per finished run, the best first, with the flags by which it differs from today's defaults."""
-    defaults, rows = settings_of(pirl.parse_args([])), []
+def table(runs_dir, before):
+    """Markdown: a row per finished run, the best first, with the flags by which it differs from today's defaults.
+
+    Rows of the table as it was `before` stay, unless there is a run of the same command, images and seed.
+    """
+    defaults, rows = settings_of(pirl.parse_args([])), {}
+    for line in before.splitlines():
+        row = line.strip("| ").split(" | ")
+        if len(row) == len(HEAD) and row[2].isdecimal():
+            rows[tuple(row[:3])] = row
     for path in sorted((runs_dir / "weights").glob("*_labelled.pt")):
         labelled = torch.load(path, map_location="cpu", weights_only=True)
         pretrained = path.with_name(path.name.replace("_labelled", ""))
@@ -99,20 +108,21 @@ def table(runs_dir):
         command = f"random trunk, `--zero-init {labelled['settings']['zero_init']}`"
         if pretrained.exists():
             content = torch.load(pretrained, map_location="cpu", weights_only=True)
-            changed = {k: v for k, v in content["settings"].items() if v != defaults.get(k) and k not in SHOWN_NOWHERE}
+            then = content["settings"]
+            defaults["batch_size"] = pirl.default_batch_size(content["images"], then["tmax_for_cos_decay"])
+            changed = {k: v for k, v in then.items() if v != defaults.get(k) and k not in SHOWN_NOWHERE}
             flags = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
-            command = " ".join(["`python pirl_stl_train_test.py", f"--epochs {content['settings']['epochs']}", *flags])
+            command = " ".join(["`python pirl_stl_train_test.py", f"--epochs {then['epochs']}", *flags])
             command, machine = command + "`", content["machine"]
             images = f"{content['images']} × {len(content['rows'])}"
             seconds = sum(row["seconds"] for row in content["rows"])
         softmax, neighbours = (labelled["results"][strategy][1] for strategy in (SOFTMAX, NEIGHBOURS))
-        seed = labelled["settings"]["seed"]
+        seed = str(labelled["settings"]["seed"])
         where = f"{machine['device']}, {machine['threads']} threads"
         time = f"{seconds / 60:.1f}" if seconds else "0"
         accuracies = f"{softmax:.2%}", f"{neighbours:.2%}"
-        rows.append((softmax, [command, images, seed, *accuracies, time, where]))
-    head = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "minutes", "device"]
-    lines = [head, ["---"] * len(head), *(row for _, row in sorted(rows, key=lambda pair: -pair[0]))]
+        rows[command, images, seed] = [command, images, seed, *accuracies, time, where]
+    lines = [HEAD, ["---"] * len(HEAD), *sorted(rows.values(), key=lambda row: -float(row[3].rstrip("%")))]
     text = "Best first. Made by `python -m benchmarks.recipe`, which names the data, from the runs' own files.\n\n"
     return text + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 

@@ -132,10 +132,10 @@ def make_jobs(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def signalled(number, statuses):
+def signalled(number, statuses=(), times=KILLS):
     def fault(job, folder, rng):
         faults, problems = 0, []
-        while faults < KILLS and not problems:
+        while faults < times and not problems:
             process = job.start(folder)
             time.sleep(rng.uniform(0, job.seconds))
             running = process.poll() is None
@@ -233,7 +233,7 @@ def second_run(job, folder, rng):
     return 1, problems
 
 
-SIGKILL, SIGTERM = signalled(signal.SIGKILL, ()), signalled(signal.SIGTERM, (143,))
+SIGKILL, SIGTERM = signalled(signal.SIGKILL), signalled(signal.SIGTERM, (143,))
 SIGINT = signalled(signal.SIGINT, (130,))
 FAULTS = [  # name, job, how, weight
     ("SIGKILL", "pretrain", SIGKILL, 4),

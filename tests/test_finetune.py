@@ -119,34 +119,35 @@ def test_the_reported_accuracy_is_that_of_the_written_weights(call, tiny, tmp_pa
     assert accuracy == pytest.approx(state["results"]["the whole network"][1], abs=1e-6)
 
 
-@pytest.mark.parametrize("stop_after", [0, 2, 4, 6, 11])
-def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch, stop_after):
+def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch):
     """4 steps per epoch: stopped before, in and between epochs of the full stage."""
     flags = ("--full-fine-tune", "--epochs", 3)
     assert call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "whole").status == 0
-    steps = []
+    whole = weights(tmp_path, "whole")
+    for stop_after in (0, 2, 4, 6, 11):
+        steps, name = [], f"halves_{stop_after}"
 
-    class StopLater(StopSignal):
-        @property
-        def number(self):
-            steps.append(1)  # it is asked once per step
-            return 2 if len(steps) > stop_after else None
+        class StopLater(StopSignal):
+            @property
+            def number(self, steps=steps, stop_after=stop_after):
+                steps.append(1)  # it is asked once per step
+                return 2 if len(steps) > stop_after else None
 
-        number = number.setter(lambda self, value: None)
+            number = number.setter(lambda self, value: None)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(labelled, "StopSignal", StopLater)
-        outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves")
-    assert outcome.status == 130
-    assert "--resume True" in outcome.out
-    outcome = call("train_stl_after_ssl", *tiny, "--epochs", 3, "--experiment-name", "halves", "--resume")
-    assert outcome.is_one_line_error("interrupted", "--full-fine-tune True")
-    outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", "halves", "--resume")
-    assert outcome.status == 0, outcome.err
-    whole, halves = weights(tmp_path, "whole"), weights(tmp_path, "halves")
-    assert whole["results"] == halves["results"]
-    assert all(torch.equal(whole["trunk"][name], halves["trunk"][name]) for name in whole["trunk"])
-    assert rows(tmp_path, "whole") == rows(tmp_path, "halves")
+        with monkeypatch.context() as patch:
+            patch.setattr(labelled, "StopSignal", StopLater)
+            outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", name)
+        assert outcome.status == 130
+        assert "--resume True" in outcome.out
+        outcome = call("train_stl_after_ssl", *tiny, "--epochs", 3, "--experiment-name", name, "--resume")
+        assert outcome.is_one_line_error("interrupted", "--full-fine-tune True")
+        outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", name, "--resume")
+        assert outcome.status == 0, outcome.err
+        halves = weights(tmp_path, name)
+        assert whole["results"] == halves["results"], stop_after
+        assert all(torch.equal(whole["trunk"][n], halves["trunk"][n]) for n in whole["trunk"])
+        assert rows(tmp_path, "whole") == rows(tmp_path, name)
 
 
 def test_validation_is_the_same_for_both_stages_and_the_baseline(call, tiny, monkeypatch):

@@ -114,33 +114,33 @@ def test_same_seed_same_weights(call, tiny, tmp_path):
     assert rows(tmp_path, "a") == rows(tmp_path, "b")
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 4, 5, 7])
-def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch, stop_after):
+def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch):
     """5 steps per epoch: stopped before, in and between epochs."""
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "whole").status == 0
-    steps = []
-
-    class StopLater(StopSignal):
-        @property
-        def number(self):
-            return 15 if len(steps) >= stop_after else None
-
-        number = number.setter(lambda self, value: None)
-
     step = pirl.training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(pirl, "training_step", lambda *a: steps.append(1) or step(*a))
-        patch.setattr(pirl, "StopSignal", StopLater)
-        outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "halves")
-    assert outcome.status == 143
-    assert "--resume True" in outcome.out
-    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "halves", "--resume")
-    assert outcome.status == 0, outcome.err
-    assert same(parts_of(weights(tmp_path, "whole")), parts_of(weights(tmp_path, "halves")))
-    assert rows(tmp_path, "whole") == rows(tmp_path, "halves")
-    whole, halves = (torch.load(tmp_path / f"weights/{name}.ckpt", weights_only=True) for name in ("whole", "halves"))
-    assert same(whole["bank"], halves["bank"])
-    assert same(whole["optimizer"], halves["optimizer"])
+    for stop_after in (0, 1, 4, 5, 7):
+        steps, name = [], f"halves_{stop_after}"
+
+        class StopLater(StopSignal):
+            @property
+            def number(self, steps=steps, stop_after=stop_after):
+                return 15 if len(steps) >= stop_after else None
+
+            number = number.setter(lambda self, value: None)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pirl, "training_step", lambda *a, steps=steps: steps.append(1) or step(*a))
+            patch.setattr(pirl, "StopSignal", StopLater)
+            outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", name)
+        assert outcome.status == 143
+        assert "--resume True" in outcome.out
+        outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", name, "--resume")
+        assert outcome.status == 0, outcome.err
+        assert same(parts_of(weights(tmp_path, "whole")), parts_of(weights(tmp_path, name))), stop_after
+        assert rows(tmp_path, "whole") == rows(tmp_path, name)
+        whole, halves = (torch.load(tmp_path / f"weights/{n}.ckpt", weights_only=True) for n in ("whole", name))
+        assert same(whole["bank"], halves["bank"])
+        assert same(whole["optimizer"], halves["optimizer"])
 
 
 def test_resume_falls_back_on_the_checkpoint_before(call, tiny, tmp_path):
@@ -231,6 +231,18 @@ def test_flags(call, tiny, tmp_path, flags):
         assert rows(tmp_path, "exp")[0]["val_loss"] == ""
     if "--val-images" in flags:
         assert len(state["bank"]) == 75
+
+
+def test_default_batch_size(call, tiny, tmp_path):
+    """128, unless the run would have less than 1,000 steps; the same when it is resumed and lengthened."""
+    sizes = {(70_000, 100): 128, (4_000, 32): 128, (4_000, 31): 64, (4_000, 8): 32, (2_000, 1): 32, (20, 1): 20}
+    assert {run: pirl.default_batch_size(*run) for run in sizes} == sizes
+    place = tiny.index("--batch-size")
+    flags = [*tiny[:place], *tiny[place + 2 :], "--experiment-name", "exp", "--tmax-for-cos-decay", 2]
+    assert "3 steps of 32 per epoch" in call("pirl_stl_train_test", *flags).out
+    assert weights(tmp_path, "exp")["settings"]["batch_size"] == 32
+    longer = call("pirl_stl_train_test", *flags, "--epochs", 3, "--resume")
+    assert longer.status == 0, longer.err
 
 
 def test_learning_rate_schedule():

@@ -152,7 +152,8 @@ def image_blocks(files, folder, side):
 def give_up_copy(part, error):
     if storage_error(error) is None:
         raise error
-    part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # on a read-only disk even if it is not there
+        part.unlink()
     print(f"no decoded copy is kept beside the images ({error.strerror}): they will be decoded at every start")
 
 

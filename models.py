@@ -92,10 +92,11 @@ def batch_statistics(trunk):
 
 
 @torch.no_grad()
-def estimate_statistics(trunk, images, batch_size):
+def estimate_statistics(trunk, images, batch_size, look=None):
     """Set batch norm's running statistics to those of images uint8 [N, 3, S, S] as they are: the mean over batches.
 
-    In float32, as all that features are measured with: those of an untrained trunk nearly coincide.
+    In float32, as all that features are measured with: those of an untrained trunk nearly coincide. look() is called
+    after each batch.
     """
     norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momentum, training = norms[0].momentum, trunk.training
@@ -103,22 +104,31 @@ def estimate_statistics(trunk, images, batch_size):
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
     trunk.train()
-    for batch in images.chunk(max(1, len(images) // batch_size)):
-        trunk(normalised(batch))
+    with progress_bar(len(images), "statistics", " images") as bar:
+        for batch in images.chunk(max(1, len(images) // batch_size)):
+            trunk(normalised(batch))
+            bar.update(len(batch))
+            if look:
+                look()
     trunk.train(training)
     for norm in norms:
         norm.momentum = momentum
 
 
 @torch.no_grad()
-def trunk_features(trunk, images, batch_size, flip=False):
-    """The trunk's features in eval mode (running statistics), in float32: uint8 [N, 3, S, S] -> [N, d]."""
+def trunk_features(trunk, images, batch_size, flip=False, look=None):
+    """The trunk's features in eval mode (running statistics), in float32: uint8 [N, 3, S, S] -> [N, d].
+
+    look() is called after each batch.
+    """
     training, features = trunk.training, []
     trunk.eval()
     with progress_bar(len(images), "features", " images") as bar:
         for batch in images.split(batch_size):
             features.append(trunk(normalised(batch.flip(3) if flip else batch)))
             bar.update(len(batch))
+            if look:
+                look()
     trunk.train(training)
     return torch.cat(features)
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,12 @@ from run_helpers import (
     add_run_arguments,
     autocast,
     check_fields,
+    check_position,
     choose_device,
     choose_precision,
     cpu_state,
     derived_seed,
+    epoch_means,
     find_weights,
     generator,
     join_ranks,
@@ -163,6 +166,7 @@ def main():
             print(f"there is no {experiment.checkpoint} yet: starting from the beginning")
         if args.warm_start:
             warm_start(run, experiment)
+    same_on_all_ranks(run, checkpoint is not None)
     experiment.check_space(run.model, 1, run.bank.vectors.nbytes)
     announce(run)
     if args.tensorboard and rank() == 0:
@@ -173,7 +177,7 @@ def main():
     while run.epoch <= args.epochs:
         train = train_epoch(run, experiment, stop)
         started = time.monotonic()
-        knn_accuracy = monitor(run)
+        knn_accuracy = monitor(run, experiment, stop)
         validation = validate(run, experiment, stop)
         finish_epoch(run, experiment, train, validation, knn_accuracy, run.seconds + time.monotonic() - started)
     export(run, experiment)
@@ -370,7 +374,9 @@ def train_epoch(run, experiment, stop):
     with bar:
         started = time.monotonic() - run.seconds
         for index in order.split(args.batch_size)[run.step :]:
-            number, due = agreed(run, stop, kept)
+            # On GPUs several ranks ask one another at every 16th step only: their hosts need not run in step.
+            ask = run.ranks == 1 or run.device.type == "cpu" or run.step % 16 == 0
+            number, due = agreed(run, stop, kept) if ask else (0, False)
             if number or due:
                 means_so_far(run, experiment)
                 run.seconds = time.monotonic() - started
@@ -390,18 +396,19 @@ def train_epoch(run, experiment, stop):
 
 
 def agreed(run, stop, kept=None):
-    """(number of a signal or 0, whether a checkpoint is due): the same on all ranks, whichever got the signal.
-
-    On GPUs several ranks ask one another at every 16th step only: their hosts need not run in step.
-    """
-    if run.ranks > 1 and run.device.type == "cuda" and run.step % 16:
-        return 0, False
+    """(number of a signal or 0, whether a checkpoint is due): the same on all ranks, whichever got the signal."""
     flags = [stop.number or 0, bool(kept and rank() == 0 and kept.due())]
     if run.ranks == 1:
         return flags
     flags = torch.tensor(flags, dtype=torch.int32)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return flags.tolist()
+
+
+def leave_if_asked(run, experiment, stop):
+    """On a signal, write the checkpoint and end the process. For what follows an epoch's last step."""
+    if number := agreed(run, stop)[0]:
+        leave(run, experiment, number)
 
 
 def leave(run, experiment, number):
@@ -421,22 +428,9 @@ def view_draws(run, epoch):
 
 def means_so_far(run, experiment):
     """(loss, share of hits) of the epoch so far. Waits for the device; ends the run if a number is not finite."""
-    done = run.statistics[: run.step].cpu()
-    bad = (~done.isfinite()).any(1).nonzero().flatten().tolist()
-    if not torch.stack([value.isfinite().all() for value in run.model.state_dict().values()]).all():
-        bad.append(run.step - 1)
-    if bad:
-        kept = (
-            f"the last checkpoint, {experiment.checkpoint}, is good"
-            if experiment.checkpoint.exists()
-            else "no checkpoint yet"
-        )
-        raise UserError(
-            f"the loss is not finite in epoch {run.epoch}, step {bad[0] + 1}: lower --lr, raise --temp-parameter "
-            f"or --warmup-steps, or use --precision fp32 ({kept})"
-        )
+    advice = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
     images = min(run.step * run.args.batch_size, run.train_count)
-    return (done.double().sum(0) / images).tolist()
+    return epoch_means(run.statistics[: run.step], images, run.model, f"epoch {run.epoch}", advice, experiment)
 
 
 @torch.no_grad()
@@ -465,7 +459,7 @@ def validate(run, experiment, stop):
     return (sums.cpu().double() / count).tolist()
 
 
-def monitor(run):
+def monitor(run, experiment, stop):
     """Nearest-neighbour accuracy of 16 % of the labelled training images among the others, if it is due; else None.
 
     No test image is read. The trunk has the statistics of whole images, as in export(); training does not notice.
@@ -474,15 +468,15 @@ def monitor(run):
     if not due or run.labelled is None:
         return None
     images, labels, search, query = run.labelled
-    trunk = copy.deepcopy(run.model.trunk)
+    trunk, look = copy.deepcopy(run.model.trunk), partial(leave_if_asked, run, experiment, stop)
     with torch.compiler.set_stance("force_eager"):
-        whole_image_statistics(run, trunk)
-        features = trunk_features(trunk, images, run.args.batch_size)
+        whole_image_statistics(run, trunk, look)
+        features = trunk_features(trunk, images, run.args.batch_size, look=look)
     return neighbour_accuracy(features[search], labels[search], features[query], labels[query], CLASSES)
 
 
-def whole_image_statistics(run, trunk):
-    estimate_statistics(trunk, run.images[: min(run.train_count, STATISTICS_IMAGES)], run.args.batch_size)
+def whole_image_statistics(run, trunk, look=None):
+    estimate_statistics(trunk, run.images[: min(run.train_count, STATISTICS_IMAGES)], run.args.batch_size, look)
 
 
 def knn_text(rows):
@@ -564,6 +558,20 @@ def make_run(args, device, images, train_count, checksum):
     )
 
 
+def same_on_all_ranks(run, resumed):
+    """Refuse to begin if the ranks, on several nodes perhaps, have read other images or another checkpoint."""
+    if run.ranks > 1:
+        least = torch.tensor([run.checksum, resumed, run.epoch, run.step])
+        most = least.clone()
+        distributed.all_reduce(least, distributed.ReduceOp.MIN)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        if not least.equal(most):
+            raise UserError(
+                "the ranks have read other images or checkpoints than one another: name folders by --data-dir and "
+                "--weights-dir that all of them see"
+            )
+
+
 def announce(run):
     """Say what is about to be done."""
     args, fewer = run.args, run.negatives < DEFAULT_NEGATIVES and not run.args.count_negatives
@@ -626,6 +634,7 @@ def resume(run, checkpoint, experiment):
     if run.args.bank_start == "visited":
         expected["visited"] = (len(run.images),)
     check_fields(checkpoint, expected, experiment.checkpoint)
+    check_position(checkpoint, run.steps, experiment.checkpoint)
     for name, module in parts(run.model).items():
         load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)
     load_optimizer(run.optimizer, checkpoint["optimizer"], experiment.checkpoint)

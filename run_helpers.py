@@ -57,7 +57,8 @@ def run_script(main):
 
 
 def end_interrupted(error):
-    end("interrupted: the same command does the rest", 143 if isinstance(error, Terminated) else 130)
+    status = 143 if isinstance(error, Terminated) else 130
+    end("interrupted: the same command does the rest, for the training scripts with --resume True", status)
 
 
 def end(line, status=1):
@@ -332,24 +333,26 @@ class Experiment:
     """
 
     def __init__(self, args, kind):
-        self.name, self.kind = args.experiment_name, kind
+        self.name, self.kind, self.damaged = args.experiment_name, kind, False
         self.model = args.weights_dir / f"{self.name}.pt"
         self.checkpoint = args.weights_dir / f"{self.name}.ckpt"
         self.previous = args.weights_dir / f"{self.name}.previous.ckpt"
         self.observations = args.observations_dir / f"{self.name}_observations.csv"
         if rank():
             return
-        args.weights_dir.mkdir(parents=True, exist_ok=True)
-        args.observations_dir.mkdir(parents=True, exist_ok=True)
-        lock = args.weights_dir / f".{self.name}.lock"
-        self.lock = lock.open("w")  # closed, and so unlocked, with the process
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is running the experiment {self.name}: wait for it, or choose another "
-                "--experiment-name"
-            ) from None
+        self.locks = []  # closed, and so unlocked, with the process
+        for folder in {args.weights_dir.resolve(), args.observations_dir.resolve()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.locks.append((folder / f".{self.name}.lock").open("w"))
+            try:
+                fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is running the experiment {self.name}: wait for it, or choose another "
+                    "--experiment-name"
+                ) from None
+            except OSError as error:
+                raise UserError(f"{folder} cannot hold a lock ({error.strerror}): choose another folder") from None
 
     def files(self):
         return [f for f in (self.model, self.checkpoint, self.previous, self.observations) if f.exists()]
@@ -363,6 +366,8 @@ class Experiment:
 
     def check_space(self, model, optimizer_copies, further):
         """Refuse to begin if the disk cannot take the run's files: model, checkpoint, the one before, the next one."""
+        if rank():
+            return
         size = sum(value.nbytes for value in model.state_dict().values())
         files = [file for file in self.files() if file != self.observations]
         check_space(
@@ -381,9 +386,10 @@ class Experiment:
         if reason := damage(part):
             part.unlink()
             raise UserError(f"{self.checkpoint} read back damaged ({reason}): check the disk; the last one is kept")
-        if self.checkpoint.exists():
+        if self.checkpoint.exists() and not self.damaged:
             os.replace(self.checkpoint, self.previous)
         os.replace(part, self.checkpoint)
+        self.damaged = False
         sync_folder(self.checkpoint.parent)
 
     def load_checkpoint(self, settings, may_differ):
@@ -398,7 +404,8 @@ class Experiment:
                     problem = error
         if state is None and problem:
             raise problem
-        if problem and rank() == 0:
+        self.damaged = problem is not None  # then the one before must not give way to it
+        if self.damaged and rank() == 0:
             print(f"warning: {problem}; going on from {path}, the one before", file=sys.stderr)
         if state is not None:
             check_fields(state, {"settings": dict}, path)
@@ -465,7 +472,20 @@ def check_fields(state, expected, path):
             good = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(what)
             good = good and (value.dtype.is_floating_point or value.dtype == torch.bool)
         if not good:
-            raise UserError(f"{path} is damaged ({name} is not what it should be): use another copy")
+            raise damaged(path, name)
+
+
+def check_position(state, steps, path):
+    """Refuse a checkpoint whose epoch, step or rows of the CSV cannot be."""
+    rows = state["rows"]
+    if not (state["epoch"] >= 1 and 0 <= state["step"] <= steps):
+        raise damaged(path, "its position")
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        raise damaged(path, "rows")
+
+
+def damaged(path, name):
+    return UserError(f"{path} is damaged ({name} is not what it should be): use another copy")
 
 
 def load_optimizer(optimizer, state, path):
@@ -505,7 +525,10 @@ def load_weights(module, state, path):
             raise UserError(
                 f"{name} in {path} has another shape: give the --model-type and --stem that it was made with"
             )
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"{path} is damaged (its weights do not fit): use another copy") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,17 +537,42 @@ def load_weights(module, state, path):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask the loop to stop at its next step; a second one ends the process at once."""
+    """SIGTERM and Ctrl-C ask the loop to stop at its next step; a second one ends the process at once.
+
+    Of several ranks, each may get the same signal twice at first: as all processes of the job, and from the launcher.
+    """
 
     def __init__(self):
-        self.number = None
+        self.number, self.since = None, None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        self.number = number
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+        if self.since is None:
+            self.number, self.since = number, time.monotonic()
+        again = time.monotonic() - self.since > 2
+        if world_size() == 1 or again:
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, signal.SIG_DFL)
+        if again:
+            signal.raise_signal(number)
+
+
+def epoch_means(statistics, images, model, where, advice, experiment):
+    """(mean loss, share of hits) of an epoch so far; ends the run if a number, or a weight of the model, is not finite.
+
+    statistics [steps done, 2] holds each step's sum of losses and number of hits, together of `images` images. Waits
+    for the device.
+    """
+    done = statistics.cpu()
+    bad = (~done.isfinite()).any(1).nonzero().flatten().tolist()
+    if not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
+        bad.append(len(done) - 1)
+    if bad:
+        there = experiment.checkpoint.exists()
+        kept = f"the last checkpoint, {experiment.checkpoint}, is good" if there else "no checkpoint yet"
+        raise UserError(f"the loss is not finite in {where}, step {bad[0] + 1}: {advice} ({kept})")
+    return (done.double().sum(0) / images).tolist()
 
 
 class Ticker:

@@ -25,7 +25,17 @@ from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from dataset_helpers import IMAGE_BYTES, STL10_SIDE, progress_bar, read_image
-from run_helpers import Parser, Ticker, UserError, check_space, number, run_script, storage_error, whole_file
+from run_helpers import (
+    Parser,
+    Ticker,
+    UserError,
+    check_space,
+    number,
+    run_script,
+    storage_error,
+    sync_folder,
+    whole_file,
+)
 
 MD5 = dict(STL10.train_list + STL10.test_list)
 SPLITS = {  # ours -> raw images, raw labels
@@ -45,7 +55,7 @@ def parse_args(argv=None):
     add("--raw-dir", type=Path, default=Path("raw_stl10"), help="the raw files are in its folder stl10_binary")
     add("--data-dir", type=Path, default=Path("stl10_data"), help="where the image folders are written")
     add("--url", default=STL10.url, help="of the archive, should the raw files not be there")
-    add("--md5", help="checksum of the archive (default: that of the release for its own --url, none for another)")
+    add("--md5", help="checksum of the archive (default: the release's, if it is fetched from the release's --url)")
     parser.add_switch("--synthetic", False, "write a small made-up raw set to --raw-dir first")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of --synthetic")
     return parser.parse_args(argv)
@@ -103,6 +113,7 @@ def download(url, md5, raw_dir):
         part.unlink()
         raise UserError(f"what came from {url} is not what it should be (its MD5 is not {md5}): run this again")
     os.replace(part, archive)
+    sync_folder(raw_dir)
     return archive
 
 
@@ -115,8 +126,10 @@ def fetch(url, part):
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        part.unlink()  # of another file than the server's: from the start
-        return fetch(url, part)
+        if error.headers.get("Content-Range") != f"bytes */{have}":  # else it had come to its end
+            part.unlink()  # of another file than the server's: from the start
+            fetch(url, part)
+        return
     with response, open(part, "ab" if response.status == http.client.PARTIAL_CONTENT else "wb") as file:
         length = response.headers.get("Content-Length")
         total = length and file.tell() + int(length)
@@ -124,7 +137,7 @@ def fetch(url, part):
         bar = tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc="fetching", disable=None)
         slow, before = Ticker(SILENT_SECONDS), file.tell()
         with bar:
-            while block := response.read(2**16):
+            while block := response.read1(2**16):  # what has come: read() would wait for all of it
                 file.write(block)
                 bar.update(len(block))
                 if slow.due():
@@ -133,6 +146,8 @@ def fetch(url, part):
                     before = file.tell()
         if total and file.tell() != total:
             raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def extract(archive, raw):
@@ -163,8 +178,15 @@ def extract(archive, raw):
         raise UserError(f"{archive} is cut short or damaged ({error}): remove it and run this again") from None
     if not (part / raw.name).is_dir():
         raise UserError(f"{archive} holds no folder {raw.name}: remove it, and check --url")
-    os.replace(part / raw.name, raw)
+    durable_rename(part / raw.name, raw)
     shutil.rmtree(part)
+
+
+def durable_rename(part, folder):
+    """Give a folder its name once what is in it is on the disk."""
+    os.sync()
+    os.replace(part, folder)
+    sync_folder(folder.parent)
 
 
 def check_raw(raw):
@@ -272,7 +294,8 @@ def write_marker(raw, data_dir, counts):
     os.sync()
     for extra in ("class_names.txt", "fold_indices.txt"):
         if (raw / extra).exists():
-            shutil.copyfile(raw / extra, data_dir / extra)
+            with whole_file(data_dir / extra) as file:
+                file.write((raw / extra).read_bytes())
     with whole_file(data_dir / ".complete.json", "w") as file:
         json.dump(fingerprint(raw, counts), file)
 
@@ -336,7 +359,7 @@ def write_synthetic(raw, seed):
         if labels_name:
             (labels + 1).astype(np.uint8).tofile(part / labels_name)
     (part / "class_names.txt").write_text("\n".join(PATTERNS) + "\n")
-    os.replace(part, raw)
+    durable_rename(part, raw)
 
 
 if __name__ == "__main__":

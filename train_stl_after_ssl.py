@@ -45,10 +45,12 @@ from run_helpers import (
     add_run_arguments,
     autocast,
     check_fields,
+    check_position,
     choose_device,
     choose_precision,
     cpu_state,
     derived_seed,
+    epoch_means,
     find_weights,
     generator,
     load_optimizer,
@@ -153,13 +155,15 @@ class Run:
 def start_run(args, device):
     """Labelled images, and the trunk: pretrained, or at random."""
     path = None if args.pirl_model_name is None else find_weights(args.pirl_model_name, args.weights_dir)
-    pretrained = read_torch_file(path, "PIRL weights") if path else None
+    pretrained = read_torch_file(path, "PIRL weights") if path else {}
+    if pretrained:
+        check_fields(pretrained, {"trunk": dict, "settings": dict}, path)
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
-    stem = args.stem or (pretrained or {}).get("stem", "imagenet")
+    stem = args.stem or pretrained.get("stem", "imagenet")
     trunk, dimension = make_trunk(args.model_type, stem, args.zero_init)
     if pretrained:
-        load_weights(trunk, pretrained.get("trunk"), path)
-        then = pretrained.get("settings", {}).get("image_size")
+        load_weights(trunk, pretrained["trunk"], path)
+        then = pretrained["settings"].get("image_size")
         if then != args.image_size:
             print(f"note: {path} was pretrained with --image-size {then}")
     note_incomplete(args.data_dir)
@@ -391,13 +395,16 @@ def train_whole_network(run, experiment, stop):
         model.parameters(), lr=args.full_lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
     schedule = ReduceLROnPlateau(optimizer, patience=args.patience_for_lr_decay)
-    stage = run.full_stage or {"epoch": 1, "step": 0, "sums": torch.zeros(2), "best": {"val_acc": -1.0, "epoch": 0}}
+    steps = steps_per_epoch(run)
+    stage = run.full_stage or {"epoch": 1, "step": 0, "best": {"val_acc": -1.0, "epoch": 0}}
+    stage.setdefault("statistics", torch.zeros(steps, 2))  # sum of losses and number of right answers of each step
     if run.full_stage:
-        expected = {"epoch": int, "step": int, "sums": (2,), "best": dict, "optimizer": dict, "schedule": dict}
-        check_fields(stage, expected, experiment.checkpoint)
+        expected = {"epoch": int, "step": int, "best": dict, "optimizer": dict, "schedule": dict}
+        check_fields(stage, expected | {"statistics": (steps, 2)}, experiment.checkpoint)
+        check_position({**stage, "rows": run.rows}, steps, experiment.checkpoint)
         load_optimizer(optimizer, stage["optimizer"], experiment.checkpoint)
         schedule.load_state_dict(stage["schedule"])
-    run.full_stage, stage["sums"] = stage, stage["sums"].to(run.device)
+    run.full_stage, stage["statistics"] = stage, stage["statistics"].to(run.device)
     last_kept = time.monotonic()
 
     def keep():
@@ -419,7 +426,7 @@ def train_whole_network(run, experiment, stop):
             f"validation loss {validation[0]:.4f}, accuracy {validation[1]:.2%}, {speed} images/s",
             flush=True,
         )
-        stage.update(epoch=stage["epoch"] + 1, step=0, sums=torch.zeros(2, device=run.device))
+        stage.update(epoch=stage["epoch"] + 1, step=0)
         keep()
         experiment.write_rows(run.rows)
     load_weights(model, stage["best"].get("model"), experiment.checkpoint)
@@ -437,13 +444,13 @@ def train_epoch(run, experiment, optimizer, keep, stop):
     epoch, first = stage["epoch"], stage["step"]
     draws = uniform_draws(len(run.images), LABELLED_VIEW_DRAWS, args.seed, VIEWS, epoch, device=run.device)
     order, _ = epoch_order(run.train, 1, args.seed, epoch)
-    due, started = Ticker(60 * args.checkpoint_minutes), time.monotonic()
+    shown, due, started = Ticker(1), Ticker(60 * args.checkpoint_minutes), time.monotonic()
     model.train()
     with progress_bar(len(order), f"{FULL}, epoch {epoch}", " images", first * args.batch_size) as bar:
         for index in order.split(args.batch_size)[first:]:
             number = stop.number  # once: a signal may come at any moment
             if number or due.due():
-                check_finite(run, experiment)
+                means_so_far(run, experiment)
                 keep()
             if number:
                 print(f"stopped in epoch {epoch} of {FULL}; --resume True with the same command goes on")
@@ -455,22 +462,22 @@ def train_epoch(run, experiment, optimizer, keep, stop):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            stage["sums"] += batch_sums(logits, run.labels[index], loss)
+            stage["statistics"][stage["step"]] = batch_sums(logits, run.labels[index], loss)
             stage["step"] += 1
             bar.update(len(index))
-    check_finite(run, experiment)
+            if shown.due():
+                loss, accuracy = means_so_far(run, experiment)
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
+    means = means_so_far(run, experiment)
     speed = (len(order) - first * args.batch_size) / (time.monotonic() - started)
-    return (stage["sums"] / len(order)).tolist(), round(speed, 1)
+    return means, round(speed, 1)
 
 
-def check_finite(run, experiment):
-    """End the run, before anything is kept, if the losses of this epoch so far or the weights are not finite."""
-    values = [run.full_stage["sums"], *run.model.state_dict().values()]
-    if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise UserError(
-            f"the loss is not finite in epoch {run.full_stage['epoch']} of {FULL}, before step "
-            f"{run.full_stage['step'] + 1}: lower --full-lr (the last checkpoint, {experiment.checkpoint}, is good)"
-        )
+def means_so_far(run, experiment):
+    """(loss, accuracy) of the epoch so far. Waits for the device; ends the run if a number is not finite."""
+    stage, where = run.full_stage, f"epoch {run.full_stage['epoch']} of {FULL}"
+    images = min(stage["step"] * run.args.batch_size, len(run.train))
+    return epoch_means(stage["statistics"][: stage["step"]], images, run.model, where, "lower --full-lr", experiment)
 
 
 @torch.no_grad()

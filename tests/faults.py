@@ -6,6 +6,7 @@ python tests/faults.py --faults 200 --seed 0        # or: make faults
 import argparse
 import csv
 import hashlib
+import math
 import os
 import random
 import resource
@@ -26,6 +27,8 @@ import torch
 from conftest import start, write_raw
 from tqdm import tqdm
 
+from run_helpers import damage
+
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
 KILLS = 3  # of one run, before it is left to end
 CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
@@ -40,10 +43,11 @@ class Job:
     result: object  # folder -> comparable
     seconds: float = 0.0
     expected: object = None
+    largest: int = 0  # bytes, of the files that it writes
 
     def start(self, folder, **options):
         arguments = [str(argument).format(folder=folder) for argument in self.arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         return start(self.script, *arguments, env=environment, start_new_session=True, **options)
 
     def end(self, folder, problems, **options):
@@ -124,6 +128,7 @@ def make_jobs(folder):
         job.end(own, problems)
         assert not problems, problems
         job.seconds, job.expected = time.monotonic() - started, job.result(own)
+        job.largest = max(path.stat().st_size for path in own.rglob("*") if path.is_file())
     return jobs
 
 
@@ -132,21 +137,19 @@ def make_jobs(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def signalled(number, statuses=(), times=KILLS):
+def signalled(number, statuses):
     def fault(job, folder, rng):
         faults, problems = 0, []
-        while faults < times and not problems:
+        while faults < KILLS and not problems:
             process = job.start(folder)
             time.sleep(rng.uniform(0, job.seconds))
             running = process.poll() is None
             if running:
                 process.send_signal(number)
                 faults += 1
-            _, err = process.communicate(timeout=120)
-            # 0: it had just ended. The negative number: still importing, where Python itself answers.
-            orderly = process.returncode in (0, *statuses) and len(err.splitlines()) <= 1
-            if not orderly and process.returncode != -number:
-                problems.append(f"status {process.returncode}: {err.strip()}")
+            out, err = process.communicate(timeout=120)
+            check_end(process, out, err, number, (0, *statuses), problems)
+            check_files(folder, problems)
             if not running:  # it ended before the signal came: another one is disturbed
                 job.same(folder, problems)
                 empty(folder)
@@ -157,26 +160,46 @@ def signalled(number, statuses=(), times=KILLS):
     return fault
 
 
+def check_end(process, out, err, number, statuses, problems):
+    """Whether a process ended as it should by a signal, or (0) just before it."""
+    orderly = process.returncode in statuses and len(err.splitlines()) <= 1
+    # The negative number: while it imports, and once its work is done, Python itself answers.
+    unprepared = number == signal.SIGKILL or not out or "wrote" in out or "nothing to do" in out
+    if not orderly and not (process.returncode == -number and unprepared):
+        problems.append(f"status {process.returncode}, after {out!r}: {err.strip()}")
+
+
+def check_files(folder, problems):
+    """Every file under its own name is whole."""
+    for path in (folder / "weights").glob("[!.]*"):
+        if reason := damage(path):
+            problems.append(f"{path} is damaged: {reason}")
+
+
 def empty(folder):
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
 
 
 def twice_terminated(job, folder, rng):
-    process, problems = job.start(folder), []
+    process, problems, faults = job.start(folder), [], 0
     time.sleep(rng.uniform(0, job.seconds))
     for pause in (rng.uniform(0, 0.3), 0):
+        faults += process.poll() is None
         process.send_signal(signal.SIGTERM)
         time.sleep(pause)
-    process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
+    if process.returncode not in (0, 143, -signal.SIGTERM) or len(err.splitlines()) > 1:
+        problems.append(f"status {process.returncode}: {err.strip()}")
+    check_files(folder, problems)
     job.end(folder, problems)
     job.same(folder, problems)
-    return 2, problems
+    return faults, problems
 
 
 def full_disk(job, folder, rng):
     """No file may grow beyond a random size, as on a disk that is full then."""
-    size, problems = int(10 ** rng.uniform(3, 8)), []
+    size, problems = int(10 ** rng.uniform(3, math.log10(job.largest))), []
 
     def small_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -184,9 +207,9 @@ def full_disk(job, folder, rng):
 
     process = job.start(folder, preexec_fn=small_disk)
     _, err = process.communicate(timeout=120)
-    # 0: its files were smaller than that.
-    if process.returncode not in (0, 1) or (process.returncode and not err.splitlines()[-1].startswith("error: ")):
+    if process.returncode != 1 or not err.splitlines()[-1].startswith("error: "):
         problems.append(f"status {process.returncode}: {err.strip()}")
+    check_files(folder, problems)
     job.end(folder, problems)
     job.same(folder, problems)
     return 1, problems
@@ -201,7 +224,8 @@ def damaged_checkpoint(job, folder, rng):
     time.sleep(rng.uniform(0, job.seconds / 3))
     process.kill()
     process.communicate()
-    if newest.exists():
+    faults = int(newest.exists())
+    if faults:
         content = bytearray(newest.read_bytes())
         place = rng.randrange(len(content))
         how = rng.choice(["cut", "byte", "zeros"])
@@ -214,7 +238,7 @@ def damaged_checkpoint(job, folder, rng):
         newest.write_bytes(content)
     job.end(folder, problems)
     job.same(folder, problems)
-    return 1, problems
+    return faults, problems
 
 
 def second_run(job, folder, rng):
@@ -224,16 +248,17 @@ def second_run(job, folder, rng):
         time.sleep(0.02)
     second = job.start(folder)
     _, err = second.communicate(timeout=120)
-    if first.poll() is None and (second.returncode != 1 or "another process" not in err):
+    both = first.poll() is None
+    if both and (second.returncode != 1 or "another process" not in err):
         problems.append(f"the second run ended with {second.returncode}: {err.strip()}")
     first.communicate(timeout=300)
     if first.returncode:
         problems.append(f"the first run ended with {first.returncode}")
     job.same(folder, problems)
-    return 1, problems
+    return int(both), problems
 
 
-SIGKILL, SIGTERM = signalled(signal.SIGKILL), signalled(signal.SIGTERM, (143,))
+SIGKILL, SIGTERM = signalled(signal.SIGKILL, ()), signalled(signal.SIGTERM, (143,))
 SIGINT = signalled(signal.SIGINT, (130,))
 FAULTS = [  # name, job, how, weight
     ("SIGKILL", "pretrain", SIGKILL, 4),

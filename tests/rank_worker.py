@@ -61,7 +61,14 @@ def train_without_norms(self, mode=True):
     return self
 
 
+def other_images(*args):
+    images, train_count, checksum = load(*args)
+    return images, train_count, checksum + rank()
+
+
 pirl.training_step = watched_step
+if what == "other-images":
+    load, pirl.load_unlabelled = pirl.load_unlabelled, other_images
 if what == "frozen":
     models.batch_statistics = pirl.batch_statistics = Frozen
     models.PIRL.train = train_without_norms

@@ -1,3 +1,4 @@
+import builtins
 import errno
 import hashlib
 import http.server
@@ -7,6 +8,7 @@ import shutil
 import tarfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ class Server:
     """http.server with one archive; `cut` is where the connection breaks, `ranges` whether it can go on from there."""
 
     def __init__(self):
-        self.content, self.cut, self.ranges, self.requests, self.silent = b"", None, True, [], 0
+        self.content, self.cut, self.ranges, self.requests, self.silent, self.drip = b"", None, True, [], 0, 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -129,11 +131,18 @@ class Server:
                 start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if outer.ranges else 0
                 outer.requests.append(start)
                 if start >= len(outer.content):
-                    return self.send_error(416)
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(outer.content)}")
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(outer.content) - start))
                 self.end_headers()
-                self.wfile.write(outer.content[start : outer.cut])
+                for i in range(outer.drip):  # a byte at a time, and then no more
+                    self.wfile.write(outer.content[i : i + 1])
+                    time.sleep(0.05)
+                if not outer.drip:
+                    self.wfile.write(outer.content[start : outer.cut])
                 self.wfile.flush()
                 time.sleep(outer.silent)
 
@@ -208,6 +217,24 @@ def test_a_silent_server_is_given_up(call, server, raw_dir, tmp_path, monkeypatc
     monkeypatch.setattr(stl10_data_load, "SILENT_SECONDS", 0.3)
     server.content, server.cut, server.silent = archive_of(raw_dir), 1000, 2
     assert call("stl10_data_load", "--url", server.url, "--raw-dir", tmp_path).is_one_line_error("timed out")
+
+
+def test_a_server_that_only_drips_is_given_up(call, server, raw_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(stl10_data_load, "SILENT_SECONDS", 0.3)
+    server.content, server.drip = archive_of(raw_dir), 40
+    assert call("stl10_data_load", "--url", server.url, "--raw-dir", tmp_path).is_one_line_error(
+        "1000 bytes per second"
+    )
+    assert server.requests == [0]
+
+
+def test_a_whole_leftover_is_not_fetched_again(call, server, raw_dir, tmp_path):
+    """As after a kill between the last byte and the renaming."""
+    server.content = archive_of(raw_dir)
+    (tmp_path / ".stl10_binary.tar.gz.part").write_bytes(server.content)
+    arguments = ("stl10_data_load", "--url", server.url, "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*arguments, "--md5", hashlib.md5(server.content).hexdigest()).status == 0
+    assert server.requests == [len(server.content)]
 
 
 def test_wrong_checksum_leaves_nothing_that_looks_whole(call, server, raw_dir, tmp_path):
@@ -341,8 +368,27 @@ def test_no_room_for_a_decoded_copy(data_dir, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     images, _ = load(folder, [3, 1], side=48)
-    assert (images[1] == torch.from_numpy(read_image(folder / "1.png", 48))).all()
+    assert (images[1] == torch.from_numpy(read_image(folder / "1.png", 48).copy())).all()
     assert "No space left" in capsys.readouterr().out
+
+
+def test_images_on_a_read_only_disk(data_dir, monkeypatch, capsys):
+    """The kernel's answers there: to making a file, and to removing one that does not exist."""
+    plain = open
+
+    def read_only(path, mode="r", *rest, **options):
+        if "w" in mode and str(path).startswith(str(data_dir)):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return plain(path, mode, *rest, **options)
+
+    def unlink(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(builtins, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    images, _ = load(data_dir / "unlabelled", [3, 1], side=44)
+    assert (images[1] == torch.from_numpy(read_image(data_dir / "unlabelled/1.png", 44).copy())).all()
+    assert "Read-only" in capsys.readouterr().out
 
 
 def test_many_blocks_come_in_order(data_dir, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, start
 from PIL import Image
 
-from run_helpers import Terminated, run_script
+from run_helpers import StopSignal, Terminated, run_script
 
 SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
 
@@ -136,7 +136,9 @@ def test_cuda_that_is_not_there(call, tiny):
 
 def bad_files(folder):
     """Files that are no weights of ours, by name."""
-    torch.save({"kind": "PIRL weights", "trunk": {"conv1.weight": torch.zeros(1)}}, folder / "other.pt")
+    trunk = {"conv1.weight": torch.zeros(1)}
+    torch.save({"kind": "PIRL weights", "trunk": trunk, "settings": {}}, folder / "other.pt")
+    torch.save({"kind": "PIRL weights", "trunk": trunk, "settings": None}, folder / "none.pt")
     torch.save({"kind": "something else"}, folder / "foreign.pt")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"kind": "PIRL weights", "trunk": Evil()}, folder / "code.pt")
@@ -144,7 +146,7 @@ def bad_files(folder):
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.pt").write_bytes(b"")
     (folder / "text.pt").write_text("no checkpoint")
-    return ["other", "foreign", "list", "code", "cut", "empty", "text"]
+    return ["other", "none", "foreign", "list", "code", "cut", "empty", "text"]
 
 
 class Evil:
@@ -238,9 +240,22 @@ def test_a_softmax_layer_that_is_not_finite(call, tiny, monkeypatch):
     assert call("train_stl_after_ssl", *tiny).is_one_line_error("epoch 1", "--lr")
 
 
-def test_too_high_a_learning_rate_ends_in_one_line_or_in_numbers(call, tiny):
-    outcome = call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--full-lr", 100)
-    assert outcome.status == 0 or outcome.is_one_line_error("--full-lr")
+def test_a_full_stage_that_is_not_finite(call, tiny, tmp_path, monkeypatch):
+    """From the third of four steps of the second epoch on."""
+    import train_stl_after_ssl as labelled
+
+    views, flags = [], ("--full-fine-tune", "--experiment-name", "exp")
+
+    def poisoned(images, draws, view=labelled.labelled_view):
+        views.append(1)
+        return view(images, draws) * (float("nan") if len(views) == 7 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled, "labelled_view", poisoned)
+        outcome = call("train_stl_after_ssl", *tiny, *flags)
+    assert outcome.is_one_line_error("epoch 2 of the whole network, step 3", "--full-lr", "exp.ckpt")
+    assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["full_stage"]["epoch"] == 2
+    assert call("train_stl_after_ssl", *tiny, *flags, "--resume").status == 0
 
 
 def test_a_folder_that_cannot_be_made(call, tiny, tmp_path):
@@ -284,6 +299,47 @@ def test_signals(call, tiny, tmp_path, number, status):
     assert torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)["epoch"] >= 2
 
 
+def test_a_signal_that_comes_twice_at_once_to_a_rank(monkeypatch):
+    """As all processes of a job, and from the launcher. A later one ends it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    raised = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        stop = StopSignal()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        stop.since -= 3
+        monkeypatch.setattr(signal, "raise_signal", raised.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert raised == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("when", ["whole_image_statistics", "trunk_features"])
+def test_a_signal_while_the_features_are_measured(call, tiny, tmp_path, monkeypatch, when):
+    import pirl_stl_train_test as pirl
+
+    flags, function = (*tiny, "--knn-every", 1), getattr(pirl, when)
+
+    def interrupted(*a, **k):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*a, **k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pirl, when, interrupted)
+        outcome = call("pirl_stl_train_test", *flags, "--experiment-name", "exp")
+    assert outcome.status == 143
+    assert "epoch 1 after step 5" in outcome.out
+    assert call("pirl_stl_train_test", *flags, "--experiment-name", "exp", "--resume").status == 0
+    assert call("pirl_stl_train_test", *flags, "--experiment-name", "whole").status == 0
+    a, b = (torch.load(tmp_path / f"weights/{name}.pt", weights_only=True) for name in ("exp", "whole"))
+    assert all(torch.equal(a["trunk"][name], b["trunk"][name]) for name in a["trunk"])
+
+
 def test_interrupted_before_training(capsys):
     def main():
         raise KeyboardInterrupt
@@ -300,6 +356,8 @@ def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
     for flags in ((), ("--resume",)):
         outcome = call("pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp", *flags)
         assert outcome.is_one_line_error("another process", "--experiment-name")
+    elsewhere = ("--experiment-name", "exp", "--weights-dir", tmp_path / "elsewhere")
+    assert call("pirl_stl_train_test", *tiny, *elsewhere).is_one_line_error("another process"), "the same CSV"
     process.kill()
     process.wait()
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").is_one_line_error("--resume")
@@ -385,7 +443,8 @@ def test_a_checkpoint_with_fields_that_do_not_fit(call, tiny, tmp_path):
         "statistics": torch.zeros(3),
         "optimizer": {"state": {}},
         "epoch": "2",
-        "rows": {},
+        "step": -1,
+        "rows": [1],
     }.items():
         torch.save({**good, name: bad}, path)
         outcome = call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp", "--resume")

@@ -151,8 +151,10 @@ def test_a_killed_rank_ends_the_job(endless, rank):
     assert "another rank" in error_lines(err)[0]
 
 
-def test_sigterm_to_the_launcher_checkpoints(endless, tiny, tmp_path):
-    endless.send_signal(signal.SIGTERM)
+def test_sigterm_to_all_processes_checkpoints(endless, tiny, tmp_path):
+    """To ranks and launcher, which passes it on to the ranks, as when a scheduler stops a job."""
+    for pid in (*(pid_of_rank(endless, rank) for rank in (0, 1)), endless.pid):
+        os.kill(pid, signal.SIGTERM)
     _, out, err = finish(endless, 60)
     assert "stopped in epoch" in out, err
     state = torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)
@@ -167,6 +169,13 @@ def test_an_error_on_one_rank_ends_all_with_its_line(tiny, tmp_path):
     status, _, err = finish(launch(2, WORKER, tmp_path, "one-fails", *tiny, "--experiment-name", "exp"), 60)
     assert status != 0
     assert error_lines(err) == ["error: rank 1 has a problem of its own: mend it"]
+
+
+def test_ranks_that_see_different_images_are_refused(tiny, tmp_path):
+    status, _, err = finish(launch(2, WORKER, tmp_path, "other-images", *tiny, "--experiment-name", "exp"), 60)
+    assert status != 0
+    assert len(error_lines(err)) == 1, err
+    assert "--data-dir" in error_lines(err)[0]
 
 
 @pytest.mark.parametrize("flags", [("--batch-size", 0), ("--batch-size", 15), ("--data-dir", "nowhere")])

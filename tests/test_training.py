@@ -155,6 +155,7 @@ def test_resume_falls_back_on_the_checkpoint_before(call, tiny, tmp_path):
     assert outcome.status == 0
     assert outcome.err.startswith("warning: ")
     assert "hurt.previous.ckpt" in outcome.err
+    assert torch.load(tmp_path / "weights/hurt.previous.ckpt", weights_only=True)["epoch"] == 2, "the good one is kept"
     assert same(parts_of(weights(tmp_path, "whole")), parts_of(weights(tmp_path, "hurt")))
 
 

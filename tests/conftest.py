@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 
+import models
 import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
@@ -116,6 +118,24 @@ def tiny(data_dir, tmp_path):
         *("--data-dir", data_dir, "--image-size", 36, "--batch-size", 16, "--epochs", 2, "--device", "cpu"),
         *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
     ]
+
+
+class ThinResNet18(torchvision.models.ResNet):
+    """torchvision's ResNet-18 with an eighth of the channels behind the stem: the same names, 1/50 of the weights."""
+
+    def __init__(self, weights=None, **options):
+        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], **options)
+        self.fc = torch.nn.Linear(64, 1000)
+
+    def _make_layer(self, block, planes, *rest, **options):
+        return super()._make_layer(block, planes // 8, *rest, **options)
+
+
+@pytest.fixture(autouse=True)
+def thin_trunk(request, monkeypatch):
+    """A run in this process takes a second instead of four. Where the network itself matters: mark full_trunk."""
+    if "full_trunk" not in request.keywords:
+        monkeypatch.setitem(models.TRUNKS, "res18", ThinResNet18)
 
 
 def pytest_collection_modifyitems(items):

@@ -164,6 +164,7 @@ def test_weights_that_cannot_be_used(call, tiny, tmp_path):
     assert call("train_stl_after_ssl", *tiny, "--pirl-model-name", "nowhere").is_one_line_error("nowhere")
 
 
+@pytest.mark.full_trunk
 def test_weights_of_another_architecture(call, tiny):
     assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
     outcome = call("train_stl_after_ssl", *tiny, "--model-type", "res34", "--pirl-model-name", "exp")
@@ -267,6 +268,7 @@ def test_a_folder_that_cannot_be_made(call, tiny, tmp_path):
         assert outcome.is_one_line_error("file", "name another path")
 
 
+@pytest.mark.full_trunk
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, tmp_path):
     """RLIMIT_FSIZE stands in for the disk: the second run's checkpoints do not fit."""
     assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
@@ -387,6 +389,7 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
+@pytest.mark.full_trunk
 def test_too_little_free_disk_is_said_before_anything_is_done(call, tiny, tmp_path, monkeypatch):
     free = SimpleNamespace(free=50_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)

@@ -223,6 +223,7 @@ def test_a_finished_run_resumed_adds_no_second_table(call, tiny, tmp_path):
     assert (tmp_path / "observations/results.md").read_text() == before
 
 
+@pytest.mark.full_trunk
 def test_small_stem(call, tiny, tmp_path):
     """It goes from pretraining through the file into fine-tuning."""
     assert call("pirl_stl_train_test", *tiny, "--stem", "small", "--epochs", 1, "--experiment-name", "pirl").status == 0

@@ -61,6 +61,7 @@ def test_training_does_not_notice_the_monitor(call, tiny, tmp_path):
     assert all(torch.equal(a["trunk"][name], b["trunk"][name]) for name in a["trunk"])
 
 
+@pytest.mark.full_trunk
 def test_the_monitor_measures_the_exported_features(call, tiny, data_dir, tmp_path):
     """The last epoch's accuracy is that of the features that a reader of the file gets."""
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
@@ -75,6 +76,7 @@ def test_the_monitor_measures_the_exported_features(call, tiny, data_dir, tmp_pa
     assert state["rows"][-1]["knn_acc"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.full_trunk
 def test_exported_statistics_are_those_of_a_pass_over_whole_images(call, tiny, tmp_path):
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
     trunk = torch.load(tmp_path / "weights/exp.pt", weights_only=True)["trunk"]

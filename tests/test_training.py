@@ -41,6 +41,7 @@ def parts_of(state):
     return {name: state[name] for name in ("trunk", "head_f", "head_g")}
 
 
+@pytest.mark.full_trunk
 def test_run_writes_what_the_readme_says(call, tiny, tmp_path):
     outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp")
     assert outcome.status == 0, outcome.err
@@ -62,6 +63,7 @@ def test_run_writes_what_the_readme_says(call, tiny, tmp_path):
 
 @pytest.mark.parametrize(("model", "d"), [("res18", 512), ("res34", 512), ("res50", 2048)])
 @pytest.mark.parametrize("non_linear", [False, True])
+@pytest.mark.full_trunk
 def test_networks(model, d, non_linear):
     network = PIRL(model, non_linear).eval()
     features = network.trunk(torch.randn(2, 3, 48, 48))
@@ -215,7 +217,10 @@ def test_warm_start(call, tiny, tmp_path):
         ("--only-train",),
         ("--loss", "nce", "--non-linear-head", "yes"),
         ("--positive", "pair", "--bank-start", "random", "--count-negatives", 20),
-        ("--precision", "bf16", "--tmax-for-cos-decay", 5, "--beta", 0, "--loss-weight", 0.3),
+        pytest.param(
+            ("--precision", "bf16", "--tmax-for-cos-decay", 5, "--beta", 0, "--loss-weight", 0.3),
+            marks=pytest.mark.full_trunk,  # torch 2.11 leaves NaN in bf16 weight gradients of thin ones, on CPUs
+        ),
         ("--batch-negatives", "--bank-start", "visited", "--decay-norms", "no", "--crop-area", 0.5, "--hue", 0),
         ("--colour-strength", 0, "--patch-colour-strength", 0.5, "--deterministic"),
         ("--batch-size", 23, "--val-images", 5, "--warmup-steps", 0, "--temp-parameter", 0.01),
@@ -301,6 +306,7 @@ def write_patterns(folder):
         Image.fromarray((255 * image).astype(np.uint8)).save(folder / f"{i}.png")
 
 
+@pytest.mark.full_trunk
 def test_overfits_64_images(call, tmp_path):
     """The pretext accuracy on 64 training images passes 90 % in under two minutes of two cores' time."""
     write_patterns(tmp_path / "data/unlabelled")

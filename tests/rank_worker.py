@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from conftest import ThinResNet18
 from torch import distributed, nn
 
 import models
@@ -66,6 +67,7 @@ def other_images(*args):
     return images, train_count, checksum + rank()
 
 
+models.TRUNKS["res18"] = ThinResNet18
 pirl.training_step = watched_step
 if what == "other-images":
     load, pirl.load_unlabelled = pirl.load_unlabelled, other_images

@@ -98,7 +98,7 @@ def parse_args(argv=None):
         help=f"images per step (default: 128, or 64 or 32 where the run would have less than {FEWEST_STEPS} steps)",
     )
     add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
-    add("--lr", type=number(float, 0, 100), default=0.1, help="learning rate of SGD (momentum 0.9) after the warm-up")
+    add("--lr", type=number(float, 0, 100), default=0.2, help="learning rate of SGD (momentum 0.9) after the warm-up")
     add("--warmup-steps", type=number(int, 0), default=100, help="the learning rate rises over them from 0")
     add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the cosine reaches 0 (default: --epochs)")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="of the weights")
@@ -118,7 +118,7 @@ def parse_args(argv=None):
         help=f"K, from the memory bank (default: {DEFAULT_NEGATIVES}, or all other training images if fewer)",
     )
     add("--beta", type=number(float, 0, below=1), default=0.5, help="β: the weight of the past in the memory bank")
-    parser.add_switch("--batch-negatives", False, "the fresh f(φ(I)) of the batch's other images are negatives too")
+    parser.add_switch("--batch-negatives", True, "the fresh f(φ(I)) of the batch's other images are negatives too")
     add(
         "--bank-start",
         choices=["features", "random", "visited"],

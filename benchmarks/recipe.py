@@ -16,38 +16,43 @@ from benchmarks.runs import fine_tune, pretrain
 from run_helpers import Parser, number, run_script, settings_of, whole_file
 from train_stl_after_ssl import NEIGHBOURS, SOFTMAX
 
-FULL = "--lr 0.1 --colour-strength 1 --patch-colour-strength 1 --hue 0.1"
-HALF = "--lr 0.1 --colour-strength 0.5 --patch-colour-strength 0.5 --hue 0.05"
-PLAIN = "--zero-init False"
+JITTER = "--colour-strength 1 --patch-colour-strength 1 --hue 0.1"
+EARLIER = "--lr 0.1 --batch-negatives False"
+PLAIN = f"{EARLIER} --zero-init False"
 ROWS = {  # name: flags of pretraining
-    "bank-64": f"{FULL} {PLAIN} --batch-size 64",
-    "tau-0.2": f"{FULL} {PLAIN} --batch-size 64 --temp-parameter 0.2",
-    "pair-batch-64": f"{FULL} {PLAIN} --batch-size 64 --positive pair --batch-negatives True",
-    "colours-64": f"{HALF} {PLAIN} --batch-size 64",
-    "bank-32-colours": f"{HALF} {PLAIN} --batch-size 32",
-    "bank-16-colours": f"{HALF} {PLAIN} --batch-size 16",
-    "zero-init-32-colours": f"{HALF} --batch-size 32",
-    "zero-init-64": f"{HALF} --batch-size 64",
-    "zero-init-64-full": f"{FULL} --batch-size 64",
-    "zero-init-128": f"{HALF} --batch-size 128",
-    "zero-init-128-0.3": f"{HALF} --batch-size 128 --lr 0.3",
-    "zero-init-64-0.03": f"{HALF} --batch-size 64 --lr 0.03",
-    "faint": f"{HALF} --batch-size 32 --colour-strength 0.2 --patch-colour-strength 0.2 --hue 0.02",
-    "crops": f"{HALF} --batch-size 32 --crop-area 0.4",
-    "lr-0.2": f"{HALF} --batch-size 32 --lr 0.2",
-    "mlp-heads": f"{HALF} --batch-size 32 --non-linear-head True",
-    "beta-0": f"{HALF} --batch-size 32 --beta 0",
-    "tau-0.15": f"{HALF} --batch-size 32 --temp-parameter 0.15",
-    "lighter-jigsaw": f"{HALF} --batch-size 32 --loss-weight 0.25",
-    "heavier-jigsaw": f"{HALF} --batch-size 32 --loss-weight 0.75",
-    "random-bank": f"{HALF} --batch-size 32 --bank-start random",
-    "visited": f"{HALF} --batch-size 32 --bank-start visited",
-    "pair": f"{HALF} --batch-size 32 --positive pair",
-    "pair-batch": f"{HALF} --batch-size 32 --positive pair --batch-negatives True",
-    "bank-batch": f"{HALF} --batch-size 32 --batch-negatives True",
-    "negatives-1000": f"{HALF} --batch-size 32 --count-negatives 1000",
-    "norms-not-decayed": f"{HALF} --batch-size 32 --decay-norms False",
-    "paper-loss": f"{HALF} --batch-size 32 --loss nce",
+    # how the defaults came about, from the first to the last
+    "bank-64": f"{PLAIN} {JITTER} --batch-size 64",
+    "tau-0.2": f"{PLAIN} {JITTER} --batch-size 64 --temp-parameter 0.2",
+    "pair-batch-64": f"{PLAIN} {JITTER} --batch-size 64 --positive pair --batch-negatives True",
+    "colours-64": f"{PLAIN} --batch-size 64",
+    "colours-32": f"{PLAIN} --batch-size 32",
+    "colours-16": f"{PLAIN} --batch-size 16",
+    "zero-init-64-full": f"{EARLIER} {JITTER} --batch-size 64",
+    "zero-init-64": f"{EARLIER} --batch-size 64",
+    "zero-init-128-0.3": f"{EARLIER} --batch-size 128 --lr 0.3",
+    "zero-init-32": EARLIER,
+    "mlp-heads": f"{EARLIER} --non-linear-head True",
+    "faint": f"{EARLIER} --colour-strength 0.2 --patch-colour-strength 0.2 --hue 0.02",
+    "lr-0.2": f"{EARLIER} --lr 0.2",
+    "bank-batch": "--lr 0.1",
+    "default": "",
+    # one change to the defaults each
+    "pair": "--positive pair --batch-negatives False",
+    "pair-batch": "--positive pair",
+    "bank-alone": "--batch-negatives False",
+    "paper-loss": "--loss nce",
+    "random-bank": "--bank-start random",
+    "visited": "--bank-start visited",
+    "crops": "--crop-area 0.4",
+    "patch-colours": "--patch-colour-strength 1",
+    "negatives-1000": "--count-negatives 1000",
+    "beta-0": "--beta 0",
+    "tau-0.15": "--temp-parameter 0.15",
+    "lighter-jigsaw": "--loss-weight 0.25",
+    "heavier-jigsaw": "--loss-weight 0.75",
+    "lr-0.4": "--lr 0.4",
+    "norms-not-decayed": "--decay-norms False",
+    "small-stem": "--stem small",
 }
 HEAD = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "minutes", "device"]
 SHOWN_NOWHERE = pirl.MAY_DIFFER | {"experiment_name", "seed", "data_dir", "tmax_for_cos_decay", "epochs"}

@@ -35,6 +35,9 @@ FAULTS ?= 200
 faults: .venv/development  ## kill, interrupt, fill the disk …: the fault suite, long (FAULTS=200 SEED=0)
 	$(PY) tests/faults.py --faults $(FAULTS) --seed $(SEED)
 
+endurance: .venv/development  ## 2,000 steps and hundreds of checkpoints: memory and open files must not grow
+	$(PY) tests/endurance.py
+
 DATA ?= stl10_data
 SEEDS ?= 3
 EPOCHS ?= 100
@@ -51,4 +54,4 @@ clean:  ## remove the demo's files and caches, nothing else
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test faults results lint clean
+.PHONY: help demo test faults endurance results lint clean

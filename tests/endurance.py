@@ -1,6 +1,6 @@
-"""2,000 steps on tiny images, a checkpoint every 3 seconds: memory and open files at the end as at step 200.
+"""2,000 steps on tiny images, a checkpoint every few steps: memory and open files at the end as at step 200.
 
-python tests/endurance.py
+python tests/endurance.py        # or: make endurance
 """
 
 import os
@@ -15,7 +15,7 @@ from conftest import start, write_raw
 
 import stl10_data_load
 
-STEPS, STEPS_PER_EPOCH, BATCH, MINUTES = 2000, 25, 4, 0.05
+STEPS, STEPS_PER_EPOCH, BATCH, MINUTES = 2000, 25, 4, 0.01
 MOST = 20e6  # bytes
 
 

@@ -50,10 +50,10 @@ def settings(loss="modified-nce", positive="bank", loss_weight=0.5, temp_paramet
 @pytest.mark.parametrize("positive", ["bank", "pair"])
 @pytest.mark.parametrize(("weight", "fresh"), [(0.5, False), (0.2, False), (0.2, True)])
 def test_loss_and_gradients_against_loops(loss, positive, weight, fresh, tau):
-    batch, count = 3, 7
-    f = torch.randn(batch, 128, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(batch, 128, dtype=torch.float64, requires_grad=True)
-    memory, negatives = unit(batch, 128, seed=1), unit(count, 128, seed=2)
+    batch, count, size = 3, 7, 16
+    f = torch.randn(batch, size, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(batch, size, dtype=torch.float64, requires_grad=True)
+    memory, negatives = unit(batch, size, seed=1), unit(count, size, seed=2)
     hidden = torch.zeros(batch, count, dtype=torch.bool)
     hidden[0, 3] = hidden[1, 6] = hidden[2, 0] = True
 
@@ -112,7 +112,8 @@ def test_no_overflow_and_finite_gradients_at_the_extremes(loss, tau):
         assert gradient.isfinite().all()
         # with one negative, −log h = softplus((n − p)/τ) and −log(1 − h(w, m)) is the same number
         expected = math.log1p(math.exp(min((negative - positive) / tau, 700)))
-        assert value.item() == pytest.approx(expected * (2 if loss is nce else 1), rel=1e-5, abs=1e-6)
+        rounding = 5e-7 / tau  # cosines are float32, and each processor adds them up in an order of its own
+        assert value.item() == pytest.approx(expected * (2 if loss is nce else 1), rel=1e-5, abs=rounding)
 
 
 def test_nothing_flows_into_the_bank():

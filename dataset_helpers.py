@@ -121,16 +121,17 @@ def image_blocks(files, folder, side):
         try:
             lock = held.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
-            if path.exists():
-                copy = np.load(path, mmap_mode="c").transpose(0, 3, 1, 2)
-            else:
+            copy = open_copy(path)
+            if copy is None:
                 for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
                     stale.unlink()
                 out = held.enter_context(open(part, "wb"))
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), side, side, 3)}
                 np.lib.format.write_array_header_1_0(out, header)
         except OSError as error:
-            out = give_up_copy(part, error)
+            copy = open_copy(path)
+            if copy is None:
+                out = give_up_copy(part, error)
         if copy is not None:
             yield from (copy[start : start + BLOCK] for start in range(0, len(files), BLOCK))
             return
@@ -147,6 +148,14 @@ def image_blocks(files, folder, side):
             raise
         if out:
             threading.Thread(target=keep_copy, args=(out, part, path, held.pop_all())).start()
+
+
+def open_copy(path):
+    """The decoded copy, mapped, not read: uint8 [N, 3, side, side]; None if it is not there, or damaged."""
+    try:
+        return np.load(path, mmap_mode="c").transpose(0, 3, 1, 2)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
 
 
 def give_up_copy(part, error):
@@ -206,10 +215,12 @@ def unlabelled_files(data_dir):
 def load_unlabelled(data_dir, side, device, seed, only_train, val_images):
     """The unlabelled images that a run uses: those to train on, then at most `val_images` of the others.
 
+    val_images None: 4 % of those to train on, from 256 to 4096, so that validation takes 1.3 % of an epoch.
     Returns (images uint8 [N, 3, side, side] on `device`, the number of training images, checksum).
     """
     files = unlabelled_files(data_dir)
     train, validation = unlabelled_split(len(files), seed, only_train)
+    val_images = val_images or min(4096, max(256, len(train) // 25))
     rows = torch.cat([train, validation[:val_images]]).tolist()
     images, checksum = load_images(files, data_dir / "unlabelled", rows, side, device)
     return images, len(train), checksum

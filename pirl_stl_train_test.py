@@ -131,7 +131,11 @@ def parse_args(argv=None):
     parser.add_switch("--zero-init", True, "every residual block of the trunk starts as its shortcut")
     parser.add_switch("--non-linear-head", False, "a ReLU and a further linear layer behind each head")
     parser.add_switch("--only-train", False, "train on all unlabelled images instead of 70 %%")
-    add("--val-images", type=number(int, 1), default=4096, help="validate on at most so many of the other 30 %%")
+    add(
+        "--val-images",
+        type=number(int, 1),
+        help="validate on at most so many of the other 30 %% (default: 4 %% of those to train on, from 256 to 4096)",
+    )
     parser.add_switch("--warm-start", False, "start from the weights of this experiment, or of --pirl-model-name")
     add("--pirl-model-name", help="with --warm-start: a path, or a name under the weights folder")
     add("--cont-epoch", type=number(int, 1), default=1, help="with --warm-start: the epoch to go on with")

@@ -122,6 +122,8 @@ def main():
         train_softmax_layer(run)
         experiment.save_checkpoint(state_of(run))
         experiment.write_rows(run.rows)
+    if args.neighbours and not run.full_stage:
+        draw_neighbours(run)
     if args.full_fine_tune and FULL not in run.results:
         train_whole_network(run, experiment, StopSignal())
         experiment.save_checkpoint(state_of(run))
@@ -239,7 +241,7 @@ def steps_per_epoch(run):
 def train_softmax_layer(run):
     """Train the linear layer on the frozen trunk's features of two views, the image and its mirror image.
 
-    The nearest-neighbour accuracy of the same features, the folds and the picture of neighbours come with it.
+    The nearest-neighbour accuracy of the same features and the folds come with it.
     """
     started, args = time.monotonic(), run.args
     features = torch.stack([features_of(run, run.images, flip) for flip in (False, True)])  # [2, N, d]
@@ -260,15 +262,10 @@ def train_softmax_layer(run):
         layer, rows = run.model.softmax_layer.state_dict(), run.rows
         layer = {name: value.clone() for name, value in layer.items()}
         run.results[FOLDS] = []
-        for fold in run.folds:
-            train, validation = (
-                fold[part.to(fold.device)] for part in stratified_split(run.labels[fold].cpu(), args.seed)
-            )
-            run.results[FOLDS].append(train_and_test(run, features, test_features, train, validation))
+        for fold in run.folds:  # no label beyond a fold's: its own images also decide on learning rate and epoch
+            run.results[FOLDS].append(train_and_test(run, features, test_features, fold, fold))
         run.model.softmax_layer.load_state_dict(layer)
         run.rows = rows
-    if args.neighbours:
-        draw_neighbours(run, features[0], test_features)
     run.seconds[SOFTMAX] = time.monotonic() - started
 
 
@@ -282,11 +279,12 @@ def train_and_test(run, features, test_features, train, validation):
     return fit["val_acc"], hits.float().mean().item()
 
 
-def draw_neighbours(run, features, test_features):
-    """The first test image of every class with its nearest training images, as a picture."""
+def draw_neighbours(run):
+    """The first test image of every class with its nearest training images by the trunk as it stands, as a picture."""
     present = run.test_labels.unique().tolist()
     shown = torch.tensor([(run.test_labels == label).nonzero()[0].item() for label in present], device=run.device)
-    _, rows = nearest(features, test_features[shown], min(SHOWN_NEIGHBOURS, len(features)))
+    features, queries = features_of(run, run.images), features_of(run, run.test_images[shown])
+    _, rows = nearest(features, queries, min(SHOWN_NEIGHBOURS, len(features)))
     grid = neighbour_picture(run.test_images[shown], run.test_labels[shown], run.images[rows], run.labels[rows])
     save_picture(grid, run.args.neighbours)
     print(
@@ -552,7 +550,8 @@ def report(run, experiment):
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
     for strategy, accuracies in run.results.items():
         if strategy == FOLDS:
-            validation, test = (f"{100 * v.mean():.2f} ± {100 * v.std():.2f}%" for v in torch.tensor(accuracies).T)
+            tests = 100 * torch.tensor([test for _, test in accuracies])
+            validation, test = "none", f"{tests.mean():.2f} ± {tests.std():.2f}%"
         else:
             validation, test = (f"{accuracy:.2%}" for accuracy in accuracies)
         table += f"{strategy}, {run.trunk_name} | {validation} | {test}\n"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.recipe --data-dir photos [--rows crops lr-0.2 …] [--seeds 0 1]
 
-Runs what has not been run yet, one after the other (each goes on where it was interrupted), and writes the table of all
-finished runs in --runs-dir from their own files. Settings that a row does not name are those of the run's default then.
+Runs what has not been run yet, one after the other (each goes on where it was interrupted), and adds all finished runs
+in --runs-dir to the table, from their own files. A row's command names what differs from today's defaults.
 """
 
 import shlex
@@ -13,7 +13,7 @@ import torch
 
 import pirl_stl_train_test as pirl
 from benchmarks.runs import fine_tune, pretrain
-from run_helpers import Parser, number, run_script, settings_of, whole_file
+from run_helpers import Parser, UserError, number, run_script, settings_of, whole_file
 from train_stl_after_ssl import NEIGHBOURS, SOFTMAX
 
 JITTER = "--colour-strength 1 --patch-colour-strength 1 --hue 0.1"
@@ -55,6 +55,10 @@ ROWS = {  # name: flags of pretraining
     "small-stem": "--stem small",
 }
 HEAD = ["pretraining", "images × epochs", "seed", "softmax, test", "kNN, test", "minutes", "device"]
+HEADER = """Best first. Made by `python -m benchmarks.recipe`, from the runs' own files. What a command does not name
+was at today's default (batch_size None: 128, or 64 or 32 where the run would have less than 1,000 steps): {}.
+
+"""
 SHOWN_NOWHERE = pirl.MAY_DIFFER | {"experiment_name", "seed", "data_dir", "tmax_for_cos_decay", "epochs"}
 
 
@@ -86,7 +90,7 @@ def main():
 def run_row(args, row, seed):
     common, name = ["--data-dir", args.data_dir, "--seed", seed], f"{row}_{seed}"
     labelled = ["--lr", 0.1, "--patience-for-lr-decay", 4, *common]
-    if row.startswith("random"):
+    if row not in ROWS:
         labelled += ["--zero-init", row == "random"]
     else:
         flags = ["--only-train", True, "--epochs", args.epochs, "--precision", args.precision, *common]
@@ -102,6 +106,9 @@ def table(runs_dir, before):
     Rows of the table as it was `before` stay, unless there is a run of the same command, images and seed.
     """
     defaults, rows = settings_of(pirl.parse_args([])), {}
+    head = HEADER.format(" ".join(f"{k} {v}," for k, v in defaults.items() if k not in SHOWN_NOWHERE).rstrip(","))
+    if before and not before.startswith(head):
+        raise UserError("the table is of other defaults than today's: mend its commands and first lines, or remove it")
     for line in before.splitlines():
         row = line.strip("| ").split(" | ")
         if len(row) == len(HEAD) and row[2].isdecimal():
@@ -128,8 +135,7 @@ def table(runs_dir, before):
         accuracies = f"{softmax:.2%}", f"{neighbours:.2%}"
         rows[command, images, seed] = [command, images, seed, *accuracies, time, where]
     lines = [HEAD, ["---"] * len(HEAD), *sorted(rows.values(), key=lambda row: -float(row[3].rstrip("%")))]
-    text = "Best first. Made by `python -m benchmarks.recipe`, which names the data, from the runs' own files.\n\n"
-    return text + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    return head + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 if __name__ == "__main__":

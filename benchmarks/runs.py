@@ -30,6 +30,7 @@ def finished_run(folder, script, name, flags):
     content = torch.load(weights, map_location="cpu", weights_only=True)
     module = SCRIPTS[script]
     asked, then = settings_of(module.parse_args(flags)), content["settings"]
+    asked["batch_size"] = asked["batch_size"] or then.get("batch_size")  # None: the run's own choice
     differ = [k for k in asked if k not in module.MAY_DIFFER and asked[k] != then.get(k)]
     if differ:
         raise UserError(f"{weights} was made with another {', '.join(differ)}: remove {folder} to run all anew")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
@@ -108,10 +108,11 @@ def deterministic_step(run, args):
     return exact
 
 
-def optimise(run, loss):
+def optimise(run, loss, clip):
     run.optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), pirl.GRADIENT_NORM)
+    if clip:
+        nn.utils.clip_grad_norm_(run.model.parameters(), pirl.GRADIENT_NORM)
     run.optimizer.step()
 
 
@@ -124,7 +125,7 @@ def bare_network(run, args=None):
     def step():
         with autocast(run.device, run.precision):
             outputs = run.model(images, patches)
-        optimise(run, sum(vectors.float().square().mean() for vectors in outputs))  # a loss that costs nothing
+        optimise(run, sum(vectors.float().square().mean() for vectors in outputs), clip=False)  # it costs nothing
 
     return step
 
@@ -166,12 +167,13 @@ class PerImageViews(Dataset):
 
 def conventional_pipeline(run, args):
     """Its workers live for a round: they neither disturb the others nor work ahead while those are measured."""
+    images = PerImageViews(run.images.cpu())
     loader = DataLoader(
-        PerImageViews(run.images.cpu()),
+        images,
         args.batch_size,
-        shuffle=True,
-        drop_last=True,
+        sampler=RandomSampler(images, replacement=True, num_samples=(args.workers + args.steps + 1) * args.batch_size),
         num_workers=args.workers,
+        prefetch_factor=1 if args.workers else None,
         pin_memory=run.device.type == "cuda",
     )
     batches = iter(loader)
@@ -183,10 +185,14 @@ def conventional_pipeline(run, args):
         with autocast(run.device, run.precision):
             image_vectors, patch_vectors = run.model(view, patches)
         negatives, hidden = run.bank.draw_negatives(index, run.negatives, generator(run.device, 0, NEGATIVES, run.step))
-        losses, _ = pirl.pirl_loss(image_vectors, patch_vectors, run.bank.vectors[index], negatives, hidden, run.args)
-        optimise(run, losses.mean())
+        fresh = image_vectors.float(), index[:, None] == index
+        memory = run.bank.vectors[index]
+        losses, _ = pirl.pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, run.args, fresh)
+        optimise(run, losses.mean(), clip=True)
         run.bank.update(index, image_vectors.detach())
 
+    for _ in range(args.workers):  # the batches that all workers begin with come at once, and do not count
+        step()
     return step
 
 
@@ -252,8 +258,8 @@ def print_stages(run, device):
 
     def loss(image_vectors, patch_vectors):
         negatives, hidden = run.bank.draw_negatives(index, run.negatives, draw)
-        memory = run.bank.vectors[index]
-        return pirl.pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, run.args)[0].mean()
+        memory, fresh = run.bank.vectors[index], (image_vectors.float(), index[:, None] == index)
+        return pirl.pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, run.args, fresh)[0].mean()
 
     def optimiser():
         nn.utils.clip_grad_norm_(run.model.parameters(), pirl.GRADIENT_NORM)

@@ -356,6 +356,10 @@ def test_the_decoded_copy_is_used_only_while_it_matches(data_dir, tmp_path, monk
         patch.setattr(dataset_helpers, "read_image", None)
         assert load(folder.relative_to(tmp_path), rows)[0].equal(changed), "however the folder is named"
     (copy,) = tmp_path.glob(".unlabelled.96.*.npy")
+    for damaged in (b"", copy.read_bytes()[:-1]):
+        copy.write_bytes(damaged)
+        assert load(folder, rows)[0].equal(changed)
+        assert len(copy.read_bytes()) > len(damaged), "made anew"
     copy.unlink()  # at any time
     assert load(folder, rows)[0].equal(changed)
 

@@ -151,11 +151,12 @@ def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch):
 
 
 def test_validation_is_the_same_for_both_stages_and_the_baseline(call, tiny, monkeypatch):
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "pirl").status == 0
     seen = []
     split = labelled.stratified_split
     monkeypatch.setattr(labelled, "stratified_split", lambda *a: seen.append(split(*a)) or seen[-1])
-    for name in ("a", "b"):
-        assert call("train_stl_after_ssl", *tiny, "--full-fine-tune", "--experiment-name", name).status == 0
+    for name, trunk in (("a", ()), ("b", ("--pirl-model-name", "pirl"))):
+        assert call("train_stl_after_ssl", *tiny, *trunk, "--full-fine-tune", "--experiment-name", name).status == 0
     assert len(seen) == 2, "one split per run, for both of its stages"
     assert seen[0][1].equal(seen[1][1])
 
@@ -174,7 +175,10 @@ def test_folds_and_pictures(call, tiny, tmp_path, data_dir):
     tests = torch.tensor(state["results"][labelled.FOLDS])[:, 1]
     assert len(tests) == 10
     line = next(line for line in outcome.out.splitlines() if line.startswith(labelled.FOLDS))
-    assert f"{100 * tests.mean():.2f} ± {100 * tests.std():.2f}%" in line
+    assert f"none | {100 * tests.mean():.2f} ± {100 * tests.std():.2f}%" in line
+    (tmp_path / "neighbours.png").unlink()
+    assert call("train_stl_after_ssl", *tiny, *flags, "--resume").status == 0
+    assert (tmp_path / "neighbours.png").exists(), "of a finished run, too"
     # the exported layer is that of the whole training split, not of the last fold
     assert call("train_stl_after_ssl", *tiny, "--experiment-name", "plain").status == 0
     assert torch.equal(state["softmax_layer"]["weight"], weights(tmp_path, "plain")["softmax_layer"]["weight"])

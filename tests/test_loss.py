@@ -116,17 +116,6 @@ def test_no_overflow_and_finite_gradients_at_the_extremes(loss, tau):
         assert value.item() == pytest.approx(expected * (2 if loss is nce else 1), rel=1e-5, abs=rounding)
 
 
-def test_nothing_flows_into_the_bank():
-    f, g = torch.randn(2, 128, requires_grad=True), torch.randn(2, 128, requires_grad=True)
-    memory, negatives = unit(2, 128).float().requires_grad_(), unit(4, 128).float()
-    hidden = torch.zeros(2, 4, dtype=torch.bool)
-    loss, _ = pirl_loss(f, g, memory.detach(), negatives, hidden, settings())
-    loss.sum().backward()
-    assert f.grad.abs().sum() > 0
-    assert g.grad.abs().sum() > 0
-    assert memory.grad is None
-
-
 def test_chance_level_is_log_of_the_candidates():
     """All similarities equal: −log h is log(K + 1)."""
     vector = unit(1, 128).float()

@@ -280,6 +280,16 @@ def test_bank_starts_from_features_of_whole_images(call, tiny):
     torch.testing.assert_close(run.bank.vectors[16:32], torch.nn.functional.normalize(f), rtol=1e-3, atol=1e-4)
 
 
+def test_nothing_flows_into_the_bank(tiny):
+    """Two steps: what the first has put into the bank is a negative of the second, and carries no gradient."""
+    run = start_of(tiny)
+    run.model.train()
+    for run.step, index in enumerate(torch.arange(32).split(16)):
+        pirl.training_step(run, index, pirl.view_draws(run, 1))
+        assert not run.bank.vectors.requires_grad
+        assert all(parameter.grad.abs().sum() > 0 for parameter in run.model.head_f.parameters())
+
+
 def test_each_image_is_visited_once_per_epoch_in_another_order(call, tiny, monkeypatch, tmp_path):
     visited = []
     step = pirl.training_step
@@ -319,6 +329,8 @@ def test_overfits_64_images(call, tmp_path):
             "--batch-size",
             64,
             "--epochs",
+            45,
+            "--tmax-for-cos-decay",
             70,
             "--lr",
             0.7,

@@ -81,6 +81,7 @@ def storage_error(error):
         errno.EROFS: "choose a folder that can be written",
         errno.EACCES: "choose a folder that you may write to and files that you may read",
         errno.EPERM: "choose a folder that you may write to",
+        errno.ENOENT: "make that folder, or name another path",
         errno.ENOTDIR: "a file stands where a folder is needed; name another path",
         errno.EEXIST: "a file stands where a folder is needed; name another path",
         errno.EISDIR: "a folder stands where a file is needed; name another path",
@@ -161,17 +162,17 @@ def boolean(text):
     return words[text.lower()]
 
 
-def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
-    """An argparse type: an int or float within [low, high], and strictly `above` and `below` where given."""
+def number(kind, low=-math.inf, high=math.inf, below=math.inf):
+    """An argparse type: an int or float within [low, high], and smaller than `below`."""
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        if not low <= value <= high or (above is not None and value <= above) or (below is not None and value >= below):
+        if not (low <= value <= high and value < below):
             bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-            bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+            bounds += [f"below {below}"] * (below < math.inf)
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
         return value
 

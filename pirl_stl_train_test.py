@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.distributed.nn.functional import all_reduce
 
 from dataset_helpers import (
     CLASSES,
@@ -81,6 +82,7 @@ from run_helpers import (
 
 DEFAULT_NEGATIVES = 6400
 FEWEST_STEPS = 1000  # that a run should have: see the rows of batch sizes in benchmarks/recipe.md
+BF16_SIZE = 55  # below, patches are 1 × 1 in layer4, whose first convolution torch 2.11 gives arbitrary gradients then
 STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
 GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
 # What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
@@ -268,7 +270,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
     """
     f, g = F.normalize(image_vectors.float(), dim=1), F.normalize(patch_vectors.float(), dim=1)
-    from_bank = slice(1, 1 + len(negatives))
+    from_bank, compared = slice(1, 1 + len(negatives)), ~hidden.all(1)
     if fresh is not None:
         negatives = torch.cat([negatives, F.normalize(fresh[0].float(), dim=1)])
         hidden = torch.cat([hidden, fresh[1]], 1)
@@ -276,7 +278,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     partner = memory if args.positive == "bank" else f
     logits_g = candidate_logits(partner, g, negatives, hidden, args.temp_parameter)
     logits_f = candidate_logits(memory, f, negatives, hidden, args.temp_parameter)
-    hits = (memory * g).sum(1) / args.temp_parameter > logits_g[:, from_bank].amax(1)
+    hits = compared & ((memory * g).sum(1) / args.temp_parameter > logits_g[:, from_bank].amax(1))
     return args.loss_weight * loss(logits_g) + (1 - args.loss_weight) * loss(logits_f), hits
 
 
@@ -304,8 +306,7 @@ def forward(run, index, draws, step_key):
         image_vectors, patch_vectors = network(view, patches)
     all_vectors = image_vectors.float()
     if run.ranks > 1:
-        whole, first = all_vectors.new_zeros(len(index), VECTOR_SIZE), sum(map(len, shares[: rank()]))
-        all_vectors = Gathered.apply(all_vectors[: len(share)], whole, first)
+        all_vectors = gathered(all_vectors[: len(share)], sum(map(len, shares[: rank()])), len(index))
     draw = generator(run.device, args.seed, NEGATIVES, *step_key)  # the same negatives on all ranks
     negatives, hidden = run.bank.draw_negatives(mine, run.negatives, draw)
     memory, fresh = run.bank.vectors[mine], None
@@ -317,23 +318,12 @@ def forward(run, index, draws, step_key):
     return all_vectors.detach(), losses, hits
 
 
-class Gathered(torch.autograd.Function):
-    """The rows of all ranks' shares of a batch, in the batch's order, on every rank. Gradients flow back to each."""
+def gathered(vectors, first, count):
+    """The rows of all ranks' shares of a batch, in the batch's order, on every rank. Gradients flow back to each.
 
-    @staticmethod
-    def forward(ctx, vectors, whole, first):
-        """vectors [b, 128] of this rank, whole: zeros [B, 128], first: this rank's first row of it."""
-        ctx.rows = slice(first, first + len(vectors))
-        whole[ctx.rows] = vectors
-        distributed.all_reduce(whole)
-        ctx.mark_dirty(whole)
-        return whole
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        distributed.all_reduce(gradient)
-        return gradient[ctx.rows], None, None
+    vectors [b, 128] of this rank, which are the rows from `first` on of the whole [count, 128].
+    """
+    return all_reduce(F.pad(vectors, (0, 0, first, count - first - len(vectors))))
 
 
 def training_step(run, index, draws):
@@ -495,7 +485,12 @@ def knn_text(rows):
 
 
 def start_run(args, device):
-    """The images, after checking what depends on their number, and a run at its first step."""
+    """The images, after checking what depends on their size and number, and a run at its first step."""
+    if device.type == "cpu" and args.precision == "bf16" and args.stem == "imagenet" and args.image_size < BF16_SIZE:
+        raise UserError(
+            f"torch's bf16 on CPUs gives wrong gradients for patches of images below {BF16_SIZE} pixels: use "
+            f"--precision fp32, or --image-size {BF16_SIZE} or more"
+        )
     note_incomplete(args.data_dir)
     images, train_count, checksum = load_unlabelled(
         args.data_dir, args.image_size, device, args.seed, args.only_train, args.val_images

@@ -522,16 +522,13 @@ def resume(run, checkpoint, experiment):
 
 def report(run, experiment):
     """Write <experiment>.pt, print the table and append it to results.md."""
-    state = cpu_state(run.model)
     with whole_file(experiment.model) as file:
         torch.save(
             {
                 "kind": "labelled weights",
                 "stem": "small" if run.model.trunk.conv1.stride == (1, 1) else "imagenet",
-                "trunk": {name[6:]: value for name, value in state.items() if name.startswith("trunk.")},
-                "softmax_layer": {
-                    name[14:]: value for name, value in state.items() if name.startswith("softmax_layer.")
-                },
+                "trunk": cpu_state(run.model.trunk),
+                "softmax_layer": cpu_state(run.model.softmax_layer),
                 "settings": settings_of(run.args),
                 "results": run.results,
                 "seconds": run.seconds,

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.runs import fine_tune, pretrain
 from pictures import curve_picture, save_picture
 from run_helpers import Parser, UserError, number, run_script, whole_file
-from train_stl_after_ssl import FULL, NEIGHBOURS, SOFTMAX
+from train_stl_after_ssl import FOLDS, FULL, NEIGHBOURS, SOFTMAX
 
 
 def parse_args():
@@ -74,8 +74,13 @@ def document(args, pirl, labelled, pretrained, tuned, random, picture):
         for strategy in (NEIGHBOURS, SOFTMAX, FULL):
             validation, test = zip(*(run["results"][strategy] for run in runs), strict=True)
             lines.append(f"{strategy}, {trunk} | {spread(validation)} | {spread(test)}")
+        if all(FOLDS in run["results"] for run in runs):
+            means = [statistics.mean(test for _, test in run["results"][FOLDS]) for run in runs]
+            lines.append(f"{FOLDS}, {trunk} | none | {spread(means)}")
     lines += ["", "Stage | Minutes", "--- | ---"]
-    stages = {"pretraining": [sum(row["seconds"] for row in run["rows"]) for run in pretrained]}
+    stages = {
+        "pretraining: steps, validation, monitor": [sum(row["seconds"] for row in run["rows"]) for run in pretrained]
+    }
     for trunk, runs in (("random trunk", random), ("PIRL trunk", tuned)):
         for strategy in (SOFTMAX, FULL):
             stages[f"{strategy}, {trunk}"] = [run["seconds"][strategy] for run in runs]

@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in training")
     parser.add_switch("--compile", False, "as in training")
     add("--rounds", type=number(int, 1), default=5, help="of each of the three")
-    add("--steps", type=number(int, 1), default=6, help="per round, after one that does not count")
+    add("--steps", type=number(int, 1), help="per round, after one that does not count (default: 6, or 48 on cuda)")
     add("--workers", type=number(int, 0), default=len(os.sched_getaffinity(0)), help="of the conventional pipeline")
     parser.add_switch("--conventional", True, "measure the conventional pipeline too")
     parser.add_switch("--deterministic-too", False, "measure the step under --deterministic True as well")
@@ -50,6 +50,8 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = choose_device(args)
+    args.steps = args.steps or (6 if device.type == "cpu" else 48)
+    args.steps += -args.steps % max(1, args.workers)  # workers' batches come in waves: whole ones are timed
     run = make_run(args, device)
     contestants = {"bare network": bare_network, "training step": training_step}
     if args.conventional:
@@ -171,7 +173,7 @@ def conventional_pipeline(run, args):
     loader = DataLoader(
         images,
         args.batch_size,
-        sampler=RandomSampler(images, replacement=True, num_samples=(args.workers + args.steps + 1) * args.batch_size),
+        sampler=RandomSampler(images, True, (3 * args.workers + args.steps + 1) * args.batch_size),
         num_workers=args.workers,
         prefetch_factor=1 if args.workers else None,
         pin_memory=run.device.type == "cuda",

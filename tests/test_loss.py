@@ -168,7 +168,8 @@ def test_nothing_to_compare_with_gives_no_gradient():
     f, g = torch.randn(3, 128, requires_grad=True), torch.randn(3, 128, requires_grad=True)
     hidden = torch.ones(3, 6, dtype=torch.bool)
     for loss in LOOPS:
-        value, _ = pirl_loss(f, g, unit(3, 128).float(), unit(6, 128).float(), hidden, settings(loss))
+        value, hits = pirl_loss(f, g, unit(3, 128).float(), unit(6, 128).float(), hidden, settings(loss))
         gradients = torch.autograd.grad(value.sum(), (f, g))
         assert value.abs().max() < 1e-5
+        assert not hits.any()
         assert all(gradient.isfinite().all() and gradient.abs().max() < 1e-5 for gradient in gradients)

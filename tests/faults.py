@@ -163,9 +163,10 @@ def signalled(number, statuses):
 def check_end(process, out, err, number, statuses, problems):
     """Whether a process ended as it should by a signal, or (0) just before it."""
     orderly = process.returncode in statuses and len(err.splitlines()) <= 1
-    # The negative number: while it imports, and once its work is done, Python itself answers.
+    # While it starts and imports, and once its work is done, Python itself answers, in ways of its own.
     unprepared = number == signal.SIGKILL or not out or "wrote" in out or "nothing to do" in out
-    if not orderly and not (process.returncode == -number and unprepared):
+    by_python = process.returncode == -number or err.rstrip().endswith("KeyboardInterrupt")
+    if not orderly and not (unprepared and by_python):
         problems.append(f"status {process.returncode}, after {out!r}: {err.strip()}")
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from run_helpers import damage
 
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
-KILLS = 3  # of one run, before it is left to end
+TIMES = 3  # that one run gets a signal, before it is left to end
 CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
 
 
@@ -138,9 +138,9 @@ def make_jobs(folder):
 
 
 def signalled(number, statuses):
-    def fault(job, folder, rng):
+    def fault(job, folder, rng, times=TIMES):
         faults, problems = 0, []
-        while faults < KILLS and not problems:
+        while faults < times and not problems:
             process = job.start(folder)
             time.sleep(rng.uniform(0, job.seconds))
             running = process.poll() is None
@@ -312,7 +312,7 @@ def main():
     rng, plan, expected = random.Random(args.seed), [], 0
     while expected < args.faults:
         plan.append(rng.choices(FAULTS, [weight for *_, weight in FAULTS])[0])
-        expected += KILLS if plan[-1][2] in (SIGKILL, SIGTERM, SIGINT) else 1
+        expected += TIMES if plan[-1][2] in (SIGKILL, SIGTERM, SIGINT) else 1
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"{len(plan)} runs to be disturbed, seed {args.seed}, in {folder}")
     with tqdm(total=expected, unit=" faults", disable=None) as bar:

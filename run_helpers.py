@@ -499,7 +499,7 @@ def load_optimizer(optimizer, state, path):
                 if buffer is not None and buffer.shape != parameter.shape:
                     raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path} is damaged (its optimiser's state does not fit): use another copy") from None
+        raise damaged(path, "its optimiser's state") from None
 
 
 def find_weights(name, weights_dir):
@@ -529,7 +529,7 @@ def load_weights(module, state, path):
     try:
         module.load_state_dict(state)
     except RuntimeError:
-        raise UserError(f"{path} is damaged (its weights do not fit): use another copy") from None
+        raise damaged(path, "one of its weights") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

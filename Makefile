@@ -36,7 +36,7 @@ faults: .venv/development  ## kill, interrupt, fill the disk …: the fault suit
 	$(PY) tests/faults.py --faults $(FAULTS) --seed $(SEED)
 
 endurance: .venv/development  ## 2,000 steps and hundreds of checkpoints: memory and open files must not grow
-	$(PY) tests/endurance.py
+	OMP_NUM_THREADS=1 $(PY) tests/endurance.py
 
 DATA ?= stl10_data
 SEEDS ?= 3

@@ -39,15 +39,15 @@ BLOCK, TASK = 1024, 64  # images decoded at a time (28 MB at 96 pixels), and by 
 def image_files(folder):
     """The <index>.png of a folder, in the order of their indices."""
     try:
-        files = [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".png")]
+        entries = [entry for entry in os.scandir(folder) if entry.name.endswith(".png")]
     except FileNotFoundError:
         raise UserError(
             f"{folder} does not exist: run stl10_data_load.py first, or name its folder by --data-dir"
         ) from None
-    for file in files:
-        if not file.stem.isdecimal():
-            raise UserError(f"{file} is not named <index>.png: move it out of the folder")
-    return sorted(files, key=lambda file: int(file.stem))
+    for entry in entries:
+        if not entry.name[:-4].isdecimal() or not entry.is_file():
+            raise UserError(f"{entry.path} is no file named <index>.png: move it out of the folder")
+    return sorted((Path(entry.path) for entry in entries), key=lambda file: int(file.stem))
 
 
 def read_image(path, side):
@@ -103,59 +103,78 @@ def decoded_blocks(files, side, what):
 
 
 def image_blocks(files, folder, side):
-    """All images of a folder in order, in blocks uint8 [up to 1024, 3, side, side], decoded or from the decoded copy.
+    """All images of a folder in order, in blocks uint8 [up to 1024, side, side, 3], decoded or from the decoded copy.
 
-    The copy is a file beside the folder. Its name has a digest of the names, sizes and times of change of all images:
-    it is used only while it matches. It is made if it is not there, and may be deleted at any time.
+    Yields (block, CRC-32 of the images so far). The copy is a file beside the folder. Its name has a digest of the
+    names, sizes and times of change of all images: it is used only while it matches. It is made if it is not there,
+    and may be deleted at any time. The CRC-32 of all images stands at its end.
     """
-    digest = hashlib.sha256(b"images, rows, columns, colours")
+    digest = hashlib.sha256(b"images, rows, columns, colours, checksum")
     for file in files:
         status = file.stat()
         digest.update(
-            f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode()
+            f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode(
+                errors="surrogateescape"
+            )
         )
     path = folder.with_name(f".{folder.name}.{side}.{digest.hexdigest()[:32]}.npy")
-    part = path.with_name(f".{path.name}.part")
-    copy = out = None
+    part, shape = path.with_name(f".{path.name}.part"), (len(files), side, side, 3)
+    checksum, copy, out = 0, None, None
     with contextlib.ExitStack() as held:
         try:
             lock = held.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
-            copy = open_copy(path)
+            copy = open_copy(path, shape)
             if copy is None:
                 for stale in folder.parent.glob(f".*{folder.name}.{side}.*.npy*"):  # with what a kill left of one
                     stale.unlink()
                 out = held.enter_context(open(part, "wb"))
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), side, side, 3)}
-                np.lib.format.write_array_header_1_0(out, header)
+                np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         except OSError as error:
-            copy = open_copy(path)
+            copy = open_copy(path, shape)
             if copy is None:
                 out = give_up_copy(part, error)
         if copy is not None:
-            yield from (copy[start : start + BLOCK] for start in range(0, len(files), BLOCK))
+            images, expected = copy
+            for start in range(0, len(files), BLOCK):
+                block = images[start : start + BLOCK]
+                checksum = zlib.crc32(block, checksum)
+                yield block, checksum
+            if checksum != expected:
+                raise UserError(f"{path}, a decoded copy of {folder}, is damaged: remove it to have another made")
             return
         try:
             for block in decoded_blocks(files, side, f"decoding {folder.name}"):
+                block = block.transpose(0, 2, 3, 1)
+                checksum = zlib.crc32(block, checksum)
                 try:
                     if out:
-                        out.write(block.transpose(0, 2, 3, 1))
+                        out.write(block)
                 except OSError as error:
                     out = give_up_copy(part, error)
-                yield block
+                yield block, checksum
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         if out:
-            threading.Thread(target=keep_copy, args=(out, part, path, held.pop_all())).start()
+            threading.Thread(target=keep_copy, args=(out, part, path, checksum, held.pop_all())).start()
 
 
-def open_copy(path):
-    """The decoded copy, mapped, not read: uint8 [N, 3, side, side]; None if it is not there, or damaged."""
-    try:
-        return np.load(path, mmap_mode="c").transpose(0, 3, 1, 2)
-    except (FileNotFoundError, ValueError, EOFError):
+def open_copy(path, shape):
+    """(the decoded copy uint8 `shape`, mapped, not read; the CRC-32 at its end), or None if there is no such copy."""
+    if not path.is_file():
         return None
+    try:
+        images = np.load(path, mmap_mode="c")
+        with open(path, "rb") as file:
+            file.seek(images.offset + images.nbytes)
+            end = file.read(5)
+        good = images.dtype == np.uint8 and images.shape == shape and images.flags.c_contiguous and len(end) == 4
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds for bytes that are no array
+        return None
+    return (images, int.from_bytes(end, "little")) if good else None
 
 
 def give_up_copy(part, error):
@@ -166,10 +185,11 @@ def give_up_copy(part, error):
     print(f"no decoded copy is kept beside the images ({error.strerror}): they will be decoded at every start")
 
 
-def keep_copy(out, part, path, held):
+def keep_copy(out, part, path, checksum, held):
     """Let a decoded copy be durable before it has its name. A thread does it: the run need not wait for the disk."""
     with held:  # the file and the lock
         try:
+            out.write(checksum.to_bytes(4, "little"))
             out.flush()
             os.fsync(out.fileno())
             os.replace(part, path)
@@ -181,22 +201,19 @@ def keep_copy(out, part, path, held):
 def load_images(files, folder, rows, side, device):
     """(uint8 [len(rows), 3, side, side] on `device`, checksum): the images `rows` of a folder's `files`, in that order.
 
-    The checksum, a CRC-32, depends on the rows and on every pixel.
+    The checksum, a CRC-32, depends on the rows and on every pixel of the folder.
     """
     rows = torch.as_tensor(rows)
     place = torch.full((len(files),), -1)
     place[rows] = torch.arange(len(rows))
-    images = torch.empty(len(rows), 3, side, side, dtype=torch.uint8, device=device)
-    first, checksum = 0, zlib.crc32(rows.numpy())
-    for block in image_blocks(files, folder, side):
-        places = place[first : first + len(block)]
+    images, checksum = torch.empty(len(rows), 3, side, side, dtype=torch.uint8, device=device), 0
+    for places, (block, so_far) in zip(place.split(BLOCK), image_blocks(files, folder, side), strict=True):
         wanted = places >= 0
         if not wanted.all():
             places, block = places[wanted], block[wanted.numpy()]
-        pixels = np.ascontiguousarray(block.transpose(0, 2, 3, 1))
-        images.index_copy_(0, places.to(device), torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
-        first, checksum = first + len(wanted), zlib.crc32(pixels, checksum)
-    return images, checksum
+        images.index_copy_(0, places.to(device), torch.from_numpy(block).to(device).permute(0, 3, 1, 2))
+        checksum = so_far
+    return images, zlib.crc32(rows.numpy(), checksum)
 
 
 def progress_bar(total, what, unit, done=0):

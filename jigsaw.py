@@ -26,7 +26,7 @@ from dataset_helpers import (
     unlabelled_files,
 )
 from pictures import save_picture
-from run_helpers import VIEWS, Parser, number, run_script
+from run_helpers import VIEWS, Parser, file_to_write, number, run_script
 
 GRID = 3
 CELLS = GRID * GRID
@@ -97,7 +97,7 @@ def picture(images, draws):
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, default=Path("stl10_data"), help="what stl10_data_load.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("jigsaw.png"), help="the picture to write")
+    parser.add_argument("--out", type=file_to_write, default=Path("jigsaw.png"), help="the picture to write")
     parser.add_argument("--images", type=number(int, 1, 100), default=4, help="how many, the first of unlabelled/")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the views")
     args = parser.parse_args()

@@ -59,9 +59,11 @@ from run_helpers import (
     autocast,
     check_fields,
     check_position,
+    check_rows,
     choose_device,
     choose_precision,
     cpu_state,
+    damaged,
     derived_seed,
     epoch_means,
     find_weights,
@@ -88,6 +90,8 @@ GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has t
 # What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 MAY_DIFFER |= {"knn_every", "tensorboard"}
+COLUMNS = ["epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second", "seconds"]
+COLUMNS += ["knn_acc"]
 
 
 def parse_args(argv=None):
@@ -177,7 +181,9 @@ def main():
     announce(run)
     if args.tensorboard and rank() == 0:
         run.writer = tensorboard_writer(experiment, run.epoch)
-    if checkpoint is None:
+    if args.warm_start and checkpoint is None:
+        experiment.save_first(state_of(run))
+    if run.step == 0 and run.epoch == args.cont_epoch:
         start_bank(run)
     stop = StopSignal()
     while run.epoch <= args.epochs:
@@ -213,18 +219,18 @@ class Run:
     network: nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     bank: MemoryBank
+    statistics: torch.Tensor  # [steps, 2] on the device: sum of losses and count of hits of this epoch's steps so far
     epoch: int = 1
     step: int = 0  # the next one of this epoch
     writer: object = None  # of TensorBoard
-    statistics: torch.Tensor = None  # [steps, 2] on the device: sum of losses and count of hits of each step so far
     seconds: float = 0.0  # spent on this epoch's steps
     rows: list = field(default_factory=list)  # of the CSV
 
     ranks: int = field(default_factory=world_size)
 
     @property
-    def steps(self):
-        return math.ceil(self.train_count / self.args.batch_size)
+    def steps(self):  # per epoch
+        return len(self.statistics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +367,8 @@ def train_epoch(run, experiment, stop):
     order = torch.randperm(run.train_count, generator=generator("cpu", args.seed, ORDER, run.epoch)).to(run.device)
     draws = view_draws(run, run.epoch)
     if run.step == 0:
-        run.statistics, run.seconds = torch.zeros(run.steps, 2, device=run.device), 0.0
+        run.statistics.zero_()
+        run.seconds = 0.0
     shown, kept = Ticker(1), Ticker(60 * args.checkpoint_minutes)
     run.model.train()
     bar = progress_bar(run.train_count, f"epoch {run.epoch}/{args.epochs}", " images", run.step * args.batch_size)
@@ -541,6 +548,7 @@ def make_run(args, device, images, train_count, checksum):
     groups = [{"params": decayed}] + [{"params": plain, "weight_decay": 0.0}] * bool(plain)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     vectors = torch.randn(len(images), VECTOR_SIZE, generator=generator(device, args.seed, BANK), device=device)
+    visited = torch.zeros(len(images), dtype=torch.bool, device=device) if args.bank_start == "visited" else None
     return Run(
         args=args,
         device=device,
@@ -553,7 +561,8 @@ def make_run(args, device, images, train_count, checksum):
         model=model,
         network=network,
         optimizer=optimizer,
-        bank=MemoryBank(vectors, train_count, args.beta),
+        bank=MemoryBank(vectors, train_count, args.beta, visited),
+        statistics=torch.zeros(math.ceil(train_count / args.batch_size), 2, device=device),
     )
 
 
@@ -602,9 +611,7 @@ def start_bank(run):
     vectors = torch.cat(vectors)
     if run.ranks > 1:
         distributed.broadcast(vectors, 0)
-    visited = torch.zeros(len(vectors), dtype=torch.bool, device=run.device)
-    visited = visited if run.args.bank_start == "visited" else None
-    run.bank = MemoryBank(vectors, run.train_count, run.args.beta, visited)
+    run.bank = MemoryBank(vectors, run.train_count, run.args.beta, run.bank.visited)
 
 
 def warm_start(run, experiment):
@@ -616,8 +623,12 @@ def warm_start(run, experiment):
         load_weights(module, state.get(name), path)
     run.epoch = args.cont_epoch
     if experiment.observations.exists():
-        with open(experiment.observations, newline="") as file:
-            run.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < run.epoch]
+        try:
+            with open(experiment.observations, newline="") as file:
+                run.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < run.epoch]
+        except (ValueError, TypeError, KeyError, csv.Error):
+            raise damaged(experiment.observations, "a row") from None
+        check_rows(run.rows, COLUMNS, experiment.observations)
     print(f"starting from {path}, at epoch {run.epoch}")
 
 
@@ -628,20 +639,19 @@ def resume(run, checkpoint, experiment):
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
-    expected = {"model": dict, "optimizer": dict, "epoch": int, "step": int, "seconds": float, "rows": list}
-    expected |= {"bank": run.bank.vectors.shape, "statistics": (run.steps, 2)}
-    if run.args.bank_start == "visited":
-        expected["visited"] = (len(run.images),)
+    expected = {"model": dict, "optimizer": dict, "epoch": int, "step": int, "seconds": float, "rows": [dict]}
+    expected |= {"bank": run.bank.vectors.shape, "statistics": run.statistics.shape}
+    expected |= {"visited": None if run.bank.visited is None else run.bank.visited.shape}
     check_fields(checkpoint, expected, experiment.checkpoint)
-    check_position(checkpoint, run.steps, experiment.checkpoint)
+    check_position(checkpoint, run.steps, COLUMNS, experiment.checkpoint)
     for name, module in parts(run.model).items():
         load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)
     load_optimizer(run.optimizer, checkpoint["optimizer"], experiment.checkpoint)
     run.bank.vectors.copy_(checkpoint["bank"])
-    if run.args.bank_start == "visited":
-        run.bank.visited = checkpoint["visited"].to(run.device)
+    if run.bank.visited is not None:
+        run.bank.visited.copy_(checkpoint["visited"])
     run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
-    run.statistics = checkpoint["statistics"].to(run.device)
+    run.statistics.copy_(checkpoint["statistics"])
     run.seconds, run.rows = checkpoint["seconds"], checkpoint["rows"]
     if run.rows:
         experiment.write_rows(run.rows)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +38,11 @@ def terminated(number, frame):
 def run_script(main):
     """Call main(); whatever the user can mend ends the script with one line on standard error and status 1."""
     signal.signal(signal.SIGTERM, terminated)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (None where the shell has closed it)
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
         main()
     except UserError as error:
@@ -49,6 +55,11 @@ def run_script(main):
         if isinstance(error.__context__, KeyboardInterrupt):  # torch.save puts an error of its own in its place
             end_interrupted(error.__context__)
         reason = storage_error(error)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is still in its buffer
+            reason = "whoever read the output has gone: --resume True goes on where the last checkpoint stands"
+        elif reason is None and isinstance(error, OSError) and error.errno:
+            reason = f"{error.filename or 'the system'}: {error.strerror}: put that right, and run the command again"
         if isinstance(error, distributed.DistError) or (world_size() > 1 and "gloo/transport" in str(error)):
             reason = "another rank of this job has ended: go on with --resume True and the same command"
         if reason is None:
@@ -64,10 +75,15 @@ def end_interrupted(error):
 def end(line, status=1):
     """End the process with one line on standard error; of several ranks, the first to come here prints its line."""
     if first_to_end():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
     if world_size() > 1:
         os._exit(status)  # the interpreter's own end would wait for ranks that are gone
     sys.exit(status)
+
+
+def one_line(text):
+    """Text from anywhere, such as a name in a hostile file, as one line of what can be printed, and not too long."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:2000]
 
 
 def storage_error(error):
@@ -148,7 +164,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"error: {message}: see {self.prog} --help\n" if rank() == 0 else None)
+        self.exit(2, f"error: {one_line(message)}: see {self.prog} --help\n" if rank() == 0 else None)
 
     def add_switch(self, name, default, help):
         self.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
@@ -162,7 +178,7 @@ def boolean(text):
     return words[text.lower()]
 
 
-def number(kind, low=-math.inf, high=math.inf, below=math.inf):
+def number(kind, low, high=10**9, below=math.inf):
     """An argparse type: an int or float within [low, high], and smaller than `below`."""
 
     def convert(text):
@@ -171,19 +187,26 @@ def number(kind, low=-math.inf, high=math.inf, below=math.inf):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
         if not (low <= value <= high and value < below):
-            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-            bounds += [f"below {below}"] * (below < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
+            bound = f"at most {high}" if below == math.inf else f"below {below}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and {bound}")
         return value
 
     return convert
 
 
 def experiment_name(text):
-    """A name that is a file name and no path."""
-    if not text or text != Path(text).name or text.startswith("."):
+    """A name that is a file name and no path, and leaves room for endings; <name>.previous.ckpt is another's file."""
+    if not text or text != Path(text).name or text.startswith(".") or text.endswith(".previous"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a plain file name")
+    if not text.isprintable() or len(text.encode()) > 200:
+        raise argparse.ArgumentTypeError(f"{text!r} must be of letters that can be printed, and of at most 200 bytes")
     return text
+
+
+def file_to_write(text):
+    if Path(text).name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return Path(text)
 
 
 def add_run_arguments(parser, experiment):
@@ -296,7 +319,7 @@ def whole_file(path, mode="wb"):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, mode) as file:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -305,6 +328,17 @@ def whole_file(path, mode="wb"):
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def read_text(path, most=2**20):
+    """A small text file; one of more than `most` bytes is refused."""
+    if not path.is_file():  # a pipe would not end
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} has more than {most} bytes: put the right file there")
+    return content.decode(errors="replace")
 
 
 def sync_folder(folder):
@@ -341,10 +375,11 @@ class Experiment:
         self.observations = args.observations_dir / f"{self.name}_observations.csv"
         if rank():
             return
-        self.locks = []  # closed, and so unlocked, with the process
-        for folder in {args.weights_dir.resolve(), args.observations_dir.resolve()}:
+        self.locks, folders = [], [args.weights_dir, args.observations_dir]
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            self.locks.append((folder / f".{self.name}.lock").open("w"))
+        for folder in {folder.resolve() for folder in folders}:  # closed, and so unlocked, with the process
+            self.locks.append((folder / f".{self.name}.run.lock").open("w"))
             try:
                 fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -393,11 +428,17 @@ class Experiment:
         self.damaged = False
         sync_folder(self.checkpoint.parent)
 
+    def save_first(self, state):
+        """Begin anew under this name: what an earlier run left is no checkpoint of this one."""
+        self.save_checkpoint(state)
+        if rank() == 0:
+            self.previous.unlink(missing_ok=True)
+
     def load_checkpoint(self, settings, may_differ):
         """The newest checkpoint that is whole, or None if there is none; refuses one of other settings."""
         state, problem = None, None
         for path in (self.checkpoint, self.previous):
-            if path.exists():
+            if path.is_file():
                 try:
                     state = read_torch_file(path, self.kind)
                     break
@@ -409,7 +450,6 @@ class Experiment:
         if self.damaged and rank() == 0:
             print(f"warning: {problem}; going on from {path}, the one before", file=sys.stderr)
         if state is not None:
-            check_fields(state, {"settings": dict}, path)
             then = state["settings"]
             differ = [
                 f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
@@ -449,7 +489,8 @@ def read_torch_file(path, kind):
     """A dict that one of the scripts wrote with torch.save, on the CPU. `kind` is what it must call itself."""
     try:
         reason = damage(path)
-        state = None if reason else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd kinds of tensors, which are refused below
+            state = None if reason else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the name") from None
     except IsADirectoryError:
@@ -460,29 +501,79 @@ def read_torch_file(path, kind):
         raise UserError(f"{path} is damaged or no file of torch.save ({reason}): use another copy")
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} file of this project: name one that is")
+    if odd := oddity(state):
+        raise damaged(path, odd)
+    check_fields(state, {"settings": {str: str | int | float | None}}, path)
     return state
 
 
+def oddity(state):
+    """What a file holds that none of ours does, beside plain values and dense tensors on the CPU; None if nothing."""
+    left, seen = [state], set()
+    while left:  # no recursion: it may be nested deeply, or a thousand times the same
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
+        elif isinstance(value, torch.Tensor):
+            dense = value.layout == torch.strided and value.device.type == "cpu" and not value.requires_grad
+            if not dense or value.is_complex() or value.is_quantized:
+                return f"an odd tensor, {value.layout}, {value.dtype}, {value.device}"
+        elif not isinstance(value, str | int | float | None):
+            return f"a {type(value).__name__}"
+    return None
+
+
 def check_fields(state, expected, path):
-    """Refuse a file of ours in which a field is missing or not as expected: a type, or the shape of a tensor."""
+    """Refuse a file of ours in which a field is missing or not as expected: see fits()."""
     for name, what in expected.items():
-        value = state.get(name)
-        if isinstance(what, type):
-            good = isinstance(value, what)
-        else:
-            good = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(what)
-            good = good and (value.dtype.is_floating_point or value.dtype == torch.bool)
-        if not good:
+        if not fits(state.get(name), what):
             raise damaged(path, name)
 
 
-def check_position(state, steps, path):
+def fits(value, what):
+    """Whether a value from a file is as expected.
+
+    what: a type or None; torch.Size for a tensor of finite numbers of that shape; (a, b) for a tuple or list of such
+    members; [a] for a list of any length; {str: a} for a dict with any names, {"name": a, …} for one with at least
+    these.
+    """
+    if isinstance(what, torch.Size):
+        return isinstance(value, torch.Tensor) and value.shape == what and bool(value.float().isfinite().all())
+    if isinstance(what, tuple):
+        good = isinstance(value, list | tuple) and len(value) == len(what)
+        return good and all(map(fits, value, what))
+    if isinstance(what, list):
+        return isinstance(value, list) and all(fits(each, what[0]) for each in value)
+    if isinstance(what, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in what:
+            return all(isinstance(name, str) and fits(each, what[str]) for name, each in value.items())
+        return all(fits(value.get(name), each) for name, each in what.items())
+    return value is None if what is None else isinstance(value, what)
+
+
+def check_position(state, steps, columns, path):
     """Refuse a checkpoint whose epoch, step or rows of the CSV cannot be."""
-    rows = state["rows"]
     if not (state["epoch"] >= 1 and 0 <= state["step"] <= steps):
         raise damaged(path, "its position")
-    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
-        raise damaged(path, "rows")
+    check_rows(state["rows"], columns, path)
+
+
+def check_rows(rows, columns, path):
+    """Refuse rows of a CSV with other columns, or with anything but numbers in them (a stage has a name)."""
+    try:
+        for row in rows:
+            values = [row[name] for name in columns if name != "stage" and row[name] not in (None, "")]
+            if list(row) != columns or not all(fits(v, str | int | float) and math.isfinite(float(v)) for v in values):
+                raise ValueError
+    except (ValueError, TypeError, LookupError):
+        raise damaged(path, "rows") from None
 
 
 def damaged(path, name):
@@ -490,14 +581,16 @@ def damaged(path, name):
 
 
 def load_optimizer(optimizer, state, path):
-    """Load an optimiser's state after checking that its momentum fits the parameters."""
+    """Give SGD the momentum and learning rates of a checkpoint, if they fit; its other settings are this run's own."""
     try:
-        optimizer.load_state_dict(state)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if buffer is not None and buffer.shape != parameter.shape:
-                    raise ValueError
+        for group, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group["lr"] = float(then["lr"])
+            for parameter, index in zip(group["params"], then["params"], strict=True):
+                momentum = state["state"].get(index, {}).get("momentum_buffer")
+                if momentum is not None:
+                    if not fits(momentum, parameter.shape):
+                        raise ValueError
+                    optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         raise damaged(path, "its optimiser's state") from None
 
@@ -526,10 +619,9 @@ def load_weights(module, state, path):
             raise UserError(
                 f"{name} in {path} has another shape: give the --model-type and --stem that it was made with"
             )
-    try:
-        module.load_state_dict(state)
-    except RuntimeError:
-        raise damaged(path, "one of its weights") from None
+        if not fits(state[name], value.shape):
+            raise damaged(path, name)
+    module.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ python stl10_data_load.py                # downloads 2.6 GB unless the raw files
 python stl10_data_load.py --synthetic    # no download: ten made-up classes in the same layout
 """
 
+import contextlib
 import gzip
 import http.client
 import json
 import math
 import os
 import shutil
+import signal
 import tarfile
 import time
 import urllib.error
@@ -27,10 +29,10 @@ from tqdm import tqdm
 from dataset_helpers import IMAGE_BYTES, STL10_SIDE, progress_bar, read_image
 from run_helpers import (
     Parser,
-    Ticker,
     UserError,
     check_space,
     number,
+    read_text,
     run_script,
     storage_error,
     sync_folder,
@@ -47,6 +49,7 @@ SYNTHETIC_COUNTS = {"train": 2000, "test": 2000, "unlabelled": 2000}
 IMAGES_PER_TASK = 64
 SILENT_SECONDS = 60  # until a server is given up
 SLOWEST = 1000  # bytes per second
+BAD_HEADERS = (EOFError, ValueError, OverflowError, RecursionError)  # what tarfile raises besides errors of its own
 
 
 def parse_args(argv=None):
@@ -92,7 +95,7 @@ def main():
 def download(url, md5, raw_dir):
     """The archive under `raw_dir`, fetched unless it is there. It has its name only once it is whole."""
     archive, part = raw_dir / STL10.filename, raw_dir / f".{STL10.filename}.part"
-    if archive.exists():
+    if archive.is_file():
         if md5 and calculate_md5(archive) != md5:
             raise UserError(f"the MD5 of {archive} is not {md5}: remove it to have it fetched again")
         print(f"using the archive {archive}")
@@ -121,33 +124,71 @@ def fetch(url, part):
     """Get `url` into the file `part`, going on from its present end where the server can."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=SILENT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        if error.headers.get("Content-Range") != f"bytes */{have}":  # else it had come to its end
-            part.unlink()  # of another file than the server's: from the start
-            fetch(url, part)
-        return
-    with response, open(part, "ab" if response.status == http.client.PARTIAL_CONTENT else "wb") as file:
-        length = response.headers.get("Content-Length")
-        total = length and file.tell() + int(length)
-        check_space(part.parent, total or 0, file.tell())
-        bar = tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc="fetching", disable=None)
-        slow, before = Ticker(SILENT_SECONDS), file.tell()
-        with bar:
-            while block := response.read1(2**16):  # what has come: read() would wait for all of it
-                file.write(block)
-                bar.update(len(block))
-                if slow.due():
-                    if file.tell() - before < SLOWEST * SILENT_SECONDS:
-                        raise TimeoutError(f"fewer than {SLOWEST} bytes per second")
-                    before = file.tell()
-        if total and file.tell() != total:
-            raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")
-        file.flush()
+    with no_silence() as note:
+        try:
+            response = urllib.request.urlopen(request, timeout=SILENT_SECONDS)
+        except urllib.error.HTTPError as error:
+            if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
+                raise
+            if error.headers.get("Content-Range") != f"bytes */{have}":  # else it had come to its end
+                part.unlink()  # of another file than the server's: from the start
+                fetch(url, part)
+            return
+        further = response.status == http.client.PARTIAL_CONTENT
+        if further and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ConnectionError("the server sent another part of the file than was asked for")
+        with response, open(part, "ab" if further else "wb") as file:
+            length = response.headers.get("Content-Length")
+            total = length and file.tell() + int(length)
+            check_space(part.parent, total or 0, file.tell())
+            bar = tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc="fetching", disable=None)
+            with bar:
+                while block := response.read1(2**16):  # what has come: read() would wait for all of it
+                    file.write(block)
+                    bar.update(len(block))
+                    note(len(block))
+            if total and file.tell() != total:
+                raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")
+    with open(part, "rb") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def no_silence():
+    """Raise TimeoutError inside when fewer than SLOWEST bytes per second come; yields the function to tell of them.
+
+    An alarm looks every SILENT_SECONDS: a socket's time-out starts anew with each byte, of headers as well.
+    """
+    come = 0
+
+    def note(count):
+        nonlocal come
+        come += count
+
+    def look(number, frame):
+        nonlocal come
+        if come < SLOWEST * SILENT_SECONDS:
+            raise TimeoutError(f"fewer than {SLOWEST} bytes per second")
+        come = 0
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, SILENT_SECONDS, SILENT_SECONDS)
+    try:
+        yield note
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Header(tarfile.TarInfo):
+    """A member's header; one whose name or further fields are said to take over a megabyte is refused, not read."""
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        header = super().frombuf(*arguments)
+        if header.size > 2**20 and not header.isreg():
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 def extract(archive, raw):
@@ -168,13 +209,13 @@ def extract(archive, raw):
 
     try:
         with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=Header) as tar:
                 tar.extractall(part, filter=checked)
             while stream.read(2**20):  # to the end, where gzip keeps its checksum
                 pass
     except tarfile.FilterError as error:
         raise UserError(f"{archive} is not to be trusted ({error}): remove it and get another copy") from None
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, *BAD_HEADERS) as error:
         raise UserError(f"{archive} is cut short or damaged ({error}): remove it and run this again") from None
     if not (part / raw.name).is_dir():
         raise UserError(f"{archive} holds no folder {raw.name}: remove it, and check --url")
@@ -203,11 +244,10 @@ def check_raw(raw):
             raise UserError(f"{raw / images} {what}: get it again")
         counts[split] = size // IMAGE_BYTES
         if labels:
+            count = (raw / labels).stat().st_size
+            if count != counts[split]:
+                raise UserError(f"{raw / labels} has {count} labels for {counts[split]} images: get both files again")
             values = np.fromfile(raw / labels, np.uint8)
-            if len(values) != counts[split]:
-                raise UserError(
-                    f"{raw / labels} has {len(values)} labels for {counts[split]} images: get both files again"
-                )
             if values.min() < 1 or values.max() > 10:
                 wrong = values[(values < 1) | (values > 10)][0]
                 raise UserError(f"{raw / labels} has the label {wrong}, not from 1 to 10: get it again")
@@ -258,7 +298,7 @@ def write_split(raw, data_dir, split):
 
 def write_png(path, pixels):
     """pixels uint8 [96, 96, 3] under `path`, whole or not at all, unless it is there already."""
-    if path.exists():
+    if path.is_file():
         try:
             if (read_image(path, STL10_SIDE).transpose(1, 2, 0) == pixels).all():
                 return
@@ -282,9 +322,9 @@ def fingerprint(raw, counts):
 def is_done(raw, data_dir, counts):
     """Whether the folders were completed from these very raw files and still hold as many images."""
     try:
-        if json.loads((data_dir / ".complete.json").read_text()) != fingerprint(raw, counts):
+        if json.loads(read_text(data_dir / ".complete.json")) != fingerprint(raw, counts):
             return False
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return False
     return all(len(list((data_dir / split).rglob("*.png"))) == counts[split] for split in SPLITS)
 
@@ -294,8 +334,9 @@ def write_marker(raw, data_dir, counts):
     os.sync()
     for extra in ("class_names.txt", "fold_indices.txt"):
         if (raw / extra).exists():
-            with whole_file(data_dir / extra) as file:
-                file.write((raw / extra).read_bytes())
+            text = read_text(raw / extra)
+            with whole_file(data_dir / extra, "w") as file:
+                file.write(text)
     with whole_file(data_dir / ".complete.json", "w") as file:
         json.dump(fingerprint(raw, counts), file)
 

@@ -9,6 +9,7 @@ Without --pirl-model-name the trunk starts at random: the baseline that shows wh
 import fcntl
 import os
 import shlex
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -46,11 +47,13 @@ from run_helpers import (
     autocast,
     check_fields,
     check_position,
+    check_rows,
     choose_device,
     choose_precision,
     cpu_state,
     derived_seed,
     epoch_means,
+    file_to_write,
     find_weights,
     generator,
     load_optimizer,
@@ -59,6 +62,7 @@ from run_helpers import (
     note_incomplete,
     number,
     rank,
+    read_text,
     read_torch_file,
     run_script,
     settings_of,
@@ -69,9 +73,11 @@ from run_helpers import (
 FEATURE_SPREAD = 0.25  # standard deviation; with it --lr 0.01 and 0.1 reach the same accuracy, with 1 they do not
 NEIGHBOURS, SOFTMAX, FULL = "nearest neighbours, nothing trained", "only the softmax layer", "the whole network"
 FOLDS = "only the softmax layer, ten folds"
-SHOWN_NEIGHBOURS = 5
+SHOWN_NEIGHBOURS, LONGEST_NAME = 5, 30
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "full_fine_tune"}
 MAY_DIFFER |= {"checkpoint_minutes", "neighbours"}
+COLUMNS = ["stage", "epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second"]
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # what changes in the schedule
 
 
 def parse_args(argv=None):
@@ -95,7 +101,7 @@ def parse_args(argv=None):
         help="epochs without a better validation loss until the learning rate falls to a tenth",
     )
     parser.add_switch("--folds", False, "train the softmax layer on each of STL-10's ten folds of 1,000 images, too")
-    add("--neighbours", type=Path, help="write a picture of test images with their nearest training images here")
+    add("--neighbours", type=file_to_write, help="write a picture of test images with the nearest training images here")
     args = parser.parse_args(argv)
     args.full_epochs = args.full_epochs or args.epochs
     return args
@@ -122,11 +128,11 @@ def main():
         train_softmax_layer(run)
         experiment.save_checkpoint(state_of(run))
         experiment.write_rows(run.rows)
-    if args.neighbours and not run.full_stage:
-        draw_neighbours(run)
     if args.full_fine_tune and FULL not in run.results:
         train_whole_network(run, experiment, StopSignal())
         experiment.save_checkpoint(state_of(run))
+    if args.neighbours:
+        draw_neighbours(run)
     report(run, experiment)
 
 
@@ -159,7 +165,7 @@ def start_run(args, device):
     path = None if args.pirl_model_name is None else find_weights(args.pirl_model_name, args.weights_dir)
     pretrained = read_torch_file(path, "PIRL weights") if path else {}
     if pretrained:
-        check_fields(pretrained, {"trunk": dict, "settings": dict}, path)
+        check_fields(pretrained, {"trunk": dict}, path)
     torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
     stem = args.stem or pretrained.get("stem", "imagenet")
     trunk, dimension = make_trunk(args.model_type, stem, args.zero_init)
@@ -204,10 +210,11 @@ def read_folds(data_dir, count, device):
     """The lines of fold_indices.txt: indices of training images, int64 each."""
     path = data_dir / "fold_indices.txt"
     try:
-        folds = [torch.tensor([int(word) for word in line.split()]) for line in path.read_text().splitlines()]
+        lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
+        folds = [torch.tensor(list(map(int, words))) for words in lines]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: leave --folds out, or copy the release's file there") from None
-    except ValueError:
+    except (ValueError, RuntimeError):
         raise UserError(f"{path} is no list of whole numbers: copy the release's file there") from None
     if not folds or any(len(fold) == 0 or fold.min() < 0 or fold.max() >= count for fold in folds):
         raise UserError(
@@ -280,7 +287,7 @@ def train_and_test(run, features, test_features, train, validation):
 
 
 def draw_neighbours(run):
-    """The first test image of every class with its nearest training images by the trunk as it stands, as a picture."""
+    """The first test image of every class with its nearest training images by the finished trunk, as a picture."""
     present = run.test_labels.unique().tolist()
     shown = torch.tensor([(run.test_labels == label).nonzero()[0].item() for label in present], device=run.device)
     features, queries = features_of(run, run.images), features_of(run, run.test_images[shown])
@@ -369,16 +376,9 @@ def batch_sums(logits, labels, loss):
 
 def row_of(stage, epoch, means, optimizer, images_per_second):
     (train_loss, train_acc), (val_loss, val_acc) = means
-    return {
-        "stage": stage,
-        "epoch": epoch,
-        "train_loss": train_loss,
-        "val_loss": val_loss,
-        "train_acc": train_acc,
-        "val_acc": val_acc,
-        "learning_rate": optimizer.param_groups[0]["lr"],
-        "images_per_second": images_per_second,
-    }
+    lr = optimizer.param_groups[0]["lr"]
+    values = [stage, epoch, train_loss, val_loss, train_acc, val_acc, lr, images_per_second]
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,19 +397,20 @@ def train_whole_network(run, experiment, stop):
     stage = run.full_stage or {"epoch": 1, "step": 0, "best": {"val_acc": -1.0, "epoch": 0}}
     stage.setdefault("statistics", torch.zeros(steps, 2))  # sum of losses and number of right answers of each step
     if run.full_stage:
-        expected = {"epoch": int, "step": int, "best": dict, "optimizer": dict, "schedule": dict}
-        check_fields(stage, expected | {"statistics": (steps, 2)}, experiment.checkpoint)
-        check_position({**stage, "rows": run.rows}, steps, experiment.checkpoint)
+        expected = {"epoch": int, "step": int, "best": {"val_acc": float}, "optimizer": dict}
+        expected |= {"schedule": dict.fromkeys(PLATEAU, int | float), "statistics": torch.Size([steps, 2])}
+        check_fields(stage, expected, experiment.checkpoint)
+        check_position({**stage, "rows": run.rows}, steps, COLUMNS, experiment.checkpoint)
         load_optimizer(optimizer, stage["optimizer"], experiment.checkpoint)
-        schedule.load_state_dict(stage["schedule"])
-    run.full_stage, stage["statistics"] = stage, stage["statistics"].to(run.device)
+        schedule.load_state_dict({name: stage["schedule"][name] for name in PLATEAU})
+    run.full_stage, stage["statistics"] = stage, stage["statistics"].to(run.device, torch.float32).contiguous()
     last_kept = time.monotonic()
 
     def keep():
         nonlocal last_kept
         now = time.monotonic()
         run.seconds[FULL], last_kept = run.seconds.get(FULL, 0.0) + now - last_kept, now
-        stage.update(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
+        stage.update(optimizer=optimizer.state_dict(), schedule={name: getattr(schedule, name) for name in PLATEAU})
         experiment.save_checkpoint(state_of(run))
 
     while stage["epoch"] <= args.full_epochs:
@@ -505,16 +506,21 @@ def state_of(run):
 
 def resume(run, checkpoint, experiment):
     """Put everything back to where the checkpoint was written."""
-    expected = {"images": list, "model": dict, "results": dict, "rows": list, "seconds": dict}
+    pair = (float, float)  # validation and test accuracy
+    expected = {"images": [int], "model": dict, "results": dict, "rows": [dict], "seconds": {str: float}}
+    expected |= {"full_stage": dict | None}
     check_fields(checkpoint, expected, experiment.checkpoint)
+    expected = {name: [pair] if name == FOLDS else pair for name in checkpoint["results"]}
+    check_fields(checkpoint["results"], expected, experiment.checkpoint)
+    check_rows(checkpoint["rows"], COLUMNS, experiment.checkpoint)
     if checkpoint["images"] != run.checksum:
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
-    if checkpoint.get("full_stage") and not run.args.full_fine_tune:
+    if checkpoint["full_stage"] and not run.args.full_fine_tune:
         raise UserError(f"{experiment.checkpoint} is of a full stage that was interrupted: add --full-fine-tune True")
     load_weights(run.model, checkpoint["model"], experiment.checkpoint)
-    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint.get("full_stage")
+    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint["full_stage"]
     run.seconds = checkpoint["seconds"]
     experiment.write_rows(run.rows)
     print(f"going on from {experiment.checkpoint}")
@@ -547,8 +553,9 @@ def report(run, experiment):
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
     for strategy, accuracies in run.results.items():
         if strategy == FOLDS:
-            tests = 100 * torch.tensor([test for _, test in accuracies])
-            validation, test = "none", f"{tests.mean():.2f} ± {tests.std():.2f}%"
+            tests = [100 * test for _, test in accuracies]
+            spread = f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
+            validation, test = "none", f"{statistics.mean(tests):.2f}{spread}%"
         else:
             validation, test = (f"{accuracy:.2%}" for accuracy in accuracies)
         table += f"{strategy}, {run.trunk_name} | {validation} | {test}\n"
@@ -560,7 +567,7 @@ def report(run, experiment):
 def class_names(data_dir):
     """The lines of class_names.txt, or the labels where there is none."""
     path = data_dir / "class_names.txt"
-    names = path.read_text(errors="replace").split("\n")[:CLASSES] if path.exists() else []
+    names = [name[:LONGEST_NAME] for name in read_text(path).split("\n")[:CLASSES]] if path.exists() else []
     return names if len(names) == CLASSES else [str(label + 1) for label in range(CLASSES)]
 
 
@@ -569,10 +576,11 @@ def add_to_results(results, name, table):
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     with open(results.with_name(".results.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other runs write their tables here, too
-        text = results.read_text() if results.exists() else ""
+        text = results.read_bytes().decode(errors="surrogateescape") if results.exists() else ""  # whatever is there
         if f"## {name}\n" not in text or table not in text[text.rindex(f"## {name}\n") :]:
-            with whole_file(results, "w") as file:
-                file.write(f"{text}## {name}\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n")
+            text += f"## {name}\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n"
+            with whole_file(results) as file:
+                file.write(text.encode(errors="surrogateescape"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import builtins
 import errno
+import gzip
 import hashlib
 import http.server
 import io
@@ -20,6 +21,7 @@ from torchvision.datasets import STL10
 import dataset_helpers
 import stl10_data_load
 from dataset_helpers import image_files, load_images, load_labelled, read_image
+from run_helpers import UserError
 
 
 def pixels(path):
@@ -96,6 +98,7 @@ def test_more_images_than_the_raw_file_has(call, raw_dir, tmp_path):
         (lambda raw: os.truncate(raw / "train_X.bin", 27648 * 59 + 5), ["train_X.bin", "27648"]),
         (lambda raw: os.truncate(raw / "unlabeled_X.bin", 0), ["unlabeled_X.bin", "empty"]),
         (lambda raw: os.truncate(raw / "train_y.bin", 59), ["train_y.bin", "59 labels for 60"]),
+        (lambda raw: os.truncate(raw / "train_y.bin", 2**40), ["train_y.bin", "1099511627776 labels for 60"]),
         (lambda raw: (raw / "train_y.bin").write_bytes(bytes(60)), ["train_y.bin", "label 0"]),
         (lambda raw: (raw / "test_y.bin").write_bytes(bytes([11] * 40)), ["test_y.bin", "label 11"]),
     ],
@@ -124,6 +127,7 @@ class Server:
 
     def __init__(self):
         self.content, self.cut, self.ranges, self.requests, self.silent, self.drip = b"", None, True, [], 0, 0
+        self.shift, self.dripping_headers = 0, 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -136,7 +140,14 @@ class Server:
                     self.send_header("Content-Length", "0")
                     return self.end_headers()
                 self.send_response(206 if start else 200)
+                if start:
+                    first = start + outer.shift  # of a server that sends another part than was asked for
+                    self.send_header("Content-Range", f"bytes {first}-{len(outer.content) - 1}/{len(outer.content)}")
                 self.send_header("Content-Length", str(len(outer.content) - start))
+                for i in range(outer.dripping_headers):
+                    self.flush_headers()
+                    self.send_header(f"X-{i}", "x")
+                    time.sleep(0.05)
                 self.end_headers()
                 for i in range(outer.drip):  # a byte at a time, and then no more
                     self.wfile.write(outer.content[i : i + 1])
@@ -228,6 +239,28 @@ def test_a_server_that_only_drips_is_given_up(call, server, raw_dir, tmp_path, m
     assert server.requests == [0]
 
 
+def test_a_server_whose_headers_drip_is_given_up(call, server, raw_dir, tmp_path, monkeypatch):
+    """Each byte of them starts a socket's time-out anew."""
+    monkeypatch.setattr(stl10_data_load, "SILENT_SECONDS", 0.3)
+    server.content, server.dripping_headers = archive_of(raw_dir), 40
+    assert call("stl10_data_load", "--url", server.url, "--raw-dir", tmp_path).is_one_line_error("bytes per second")
+
+
+def test_another_part_than_was_asked_for(call, server, raw_dir, tmp_path):
+    server.content, server.cut = archive_of(raw_dir), 20_000
+    arguments = ("stl10_data_load", "--url", server.url, "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*arguments).is_one_line_error("20000 of")
+    server.cut, server.shift = None, 5
+    assert call(*arguments).is_one_line_error("another part")
+    server.shift = 0
+    assert call(*arguments).status == 0
+    assert server.requests == [0, 20_000, 20_000], "nothing is fetched twice"
+
+
+def test_a_range_that_was_not_asked_for_is_refused(call, server, tmp_path):
+    assert call("stl10_data_load", "--url", server.url, "--raw-dir", tmp_path).is_one_line_error("416")
+
+
 def test_a_whole_leftover_is_not_fetched_again(call, server, raw_dir, tmp_path):
     """As after a kill between the last byte and the renaming."""
     server.content = archive_of(raw_dir)
@@ -278,6 +311,34 @@ def test_archives_that_leave_their_folder_are_refused(call, raw_dir, tmp_path, m
     assert outcome.is_one_line_error("not to be trusted")
     assert not list(tmp_path.rglob("outside"))
     assert not (raw / "stl10_binary").exists()
+
+
+def header(size=0, **fields):
+    """A tar header that says what the library would not write."""
+    block = bytearray(tarfile.TarInfo("stl10_binary/x").tobuf())
+    for place, value in {"size": (124, f"{size:011o}".encode()), **fields}.values():
+        block[place : place + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(mtime=(136, b"\x80" + b"\x7f" * 11)),
+        header(3 * 2**30, type=(156, b"L")) + bytes(2**22),
+        header(3 * 2**30, type=(156, b"x")) + bytes(2**22),
+        header(100, type=(156, b"x")) + b"18 path=stl10_bi\0x\n".ljust(512, b"\0") + header(),
+        (header(512, type=(156, b"L")) + b"stl10_binary/y".ljust(512, b"\0")) * 3000,
+    ],
+    ids=["time", "long name", "long field", "zero in a name", "many names"],
+)
+def test_odd_headers(call, tmp_path, content):
+    (tmp_path / "stl10_binary.tar.gz").write_bytes(gzip.compress(content + bytes(1024)))
+    outcome = call("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert outcome.is_one_line_error("stl10_binary.tar.gz")
+    assert not (tmp_path / "stl10_binary").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b" + b"\0" * 40], ids=["empty", "text", "gzip"])
@@ -360,6 +421,17 @@ def test_the_decoded_copy_is_used_only_while_it_matches(data_dir, tmp_path, monk
         copy.write_bytes(damaged)
         assert load(folder, rows)[0].equal(changed)
         assert len(copy.read_bytes()) > len(damaged), "made anew"
+    content, (mapped, end) = copy.read_bytes(), dataset_helpers.open_copy(copy, (100, 96, 96, 3))
+    images = np.array(mapped)
+    for other in (images[:50], images.astype(np.int8), images.astype(np.float64), images[..., :1], {"a": images}):
+        with open(copy, "wb") as file:
+            np.save(file, other)
+            file.write(end.to_bytes(4, "little"))
+        assert load(folder, rows)[0].equal(changed)
+        assert copy.read_bytes() == content, "made anew"
+    copy.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    with pytest.raises(UserError, match="damaged: remove it"):
+        load(folder, rows)
     copy.unlink()  # at any time
     assert load(folder, rows)[0].equal(changed)
 

@@ -47,6 +47,11 @@ def test_usage_errors(call, script):
         ("--model-type", "res101"),
         ("--only-train", "maybe"),
         ("--experiment-name", "../x"),
+        ("--experiment-name", "x.previous"),
+        ("--experiment-name", "x" * 201),
+        ("--experiment-name", "x\ny"),
+        ("--epochs", "9" * 400),
+        ("--no-such\nflag",),
         ("--image-size", 20),
         ("--cont-epoch", 3),
         ("--pirl-model-name", "x"),
@@ -55,6 +60,11 @@ def test_usage_errors(call, script):
 )
 def test_values_out_of_range(call, tiny, flags):
     assert call("pirl_stl_train_test", *tiny, *flags).is_one_line_error(status=2)
+
+
+@pytest.mark.parametrize("picture", ["", "..", "/"])
+def test_pictures_without_a_name(call, tiny, picture):
+    assert call("train_stl_after_ssl", *tiny, "--neighbours", picture).is_one_line_error("names no file", status=2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -120,6 +130,62 @@ def test_strange_names(call, tiny, own_data):
     assert call("pirl_stl_train_test", *tiny, "--data-dir", own_data).is_one_line_error("cat.png")
     (own_data / "train/11").mkdir()
     assert call("train_stl_after_ssl", *tiny, "--data-dir", own_data).is_one_line_error("train/11")
+
+
+@pytest.mark.parametrize("name", ["unlabelled/3.png", "unlabelled/new\nline.png", "unlabelled/100.png"])
+def test_what_is_no_file(call, tiny, own_data, name):
+    """A pipe would be waited for."""
+    (own_data / name).unlink(missing_ok=True)
+    os.mkfifo(own_data / name)
+    outcome = call("pirl_stl_train_test", *tiny, "--data-dir", own_data)
+    assert outcome.is_one_line_error("is no file named <index>.png")
+
+
+def test_text_files_are_small(call, tiny, own_data):
+    for name, flags in (("fold_indices.txt", ("--folds",)), ("class_names.txt", ())):
+        with open(own_data / name, "wb") as file:
+            file.truncate(3 * 2**30)
+        outcome = call("train_stl_after_ssl", *tiny, "--data-dir", own_data, *flags, "--experiment-name", name)
+        assert outcome.is_one_line_error(name, "1048576 bytes")
+        (own_data / name).write_text("x" * 10_000 + "\n" * 10)
+    assert call("train_stl_after_ssl", *tiny, "--data-dir", own_data).status == 0, "names are cut"
+    (own_data / "class_names.txt").unlink()
+    os.mkfifo(own_data / "class_names.txt")
+    assert call("train_stl_after_ssl", *tiny, "--data-dir", own_data, "--resume").is_one_line_error("class_names.txt")
+
+
+def test_names_that_meet_other_locks(call, tiny, own_data, tmp_path):
+    """The table and the decoded copies have locks of their own in these folders."""
+    flags = (*tiny, "--epochs", 1, "--data-dir", own_data, "--weights-dir", own_data)
+    assert call("pirl_stl_train_test", *flags, "--experiment-name", "unlabelled").status == 0
+    assert call("train_stl_after_ssl", *flags, "--experiment-name", "train").status == 0
+    assert call("train_stl_after_ssl", *flags, "--experiment-name", "results").status == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_output_that_nobody_reads(tiny, tmp_path, script):
+    """Closed from the start, closed by its reader, or of an encoding that lacks our signs."""
+    flags = [str(flag) for flag in (*tiny, "--epochs", 1)]
+    command = f'"{sys.executable}" "{ROOT / script}.py" "$@"'
+
+    def shell(how, name, **environment):
+        line = ["bash", "-c", command + how, "bash", *flags, "--experiment-name", name]
+        return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment})
+
+    assert shell(" >&- 2>&-", "closed").returncode == 0
+    assert (tmp_path / "weights/closed.pt").exists()
+    broken = shell(' | true; exit "${PIPESTATUS[0]}"', "broken", PYTHONUNBUFFERED="1")
+    assert broken.returncode == 1
+    assert len(broken.stderr.splitlines()) == 1, broken.stderr
+    assert broken.stderr.startswith("error: whoever read")
+    ascii_only = shell("", "ascii", PYTHONIOENCODING="ascii")
+    assert ascii_only.returncode == 0, ascii_only.stderr
+
+
+def test_errors_of_the_system_that_nobody_thought_of(call, tiny, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert call("pirl_stl_train_test", *tiny, "--data-dir", tmp_path / "loop").is_one_line_error("loop")
+    assert call("pirl_stl_train_test", *tiny, "--weights-dir", tmp_path / "loop").is_one_line_error("loop")
 
 
 def test_more_negatives_than_images_and_too_large_a_batch(call, tiny):

@@ -176,9 +176,15 @@ def test_folds_and_pictures(call, tiny, tmp_path, data_dir):
     assert len(tests) == 10
     line = next(line for line in outcome.out.splitlines() if line.startswith(labelled.FOLDS))
     assert f"none | {100 * tests.mean():.2f} ± {100 * tests.std():.2f}%" in line
+    picture = (tmp_path / "neighbours.png").read_bytes()
     (tmp_path / "neighbours.png").unlink()
     assert call("train_stl_after_ssl", *tiny, *flags, "--resume").status == 0
-    assert (tmp_path / "neighbours.png").exists(), "of a finished run, too"
+    assert (tmp_path / "neighbours.png").read_bytes() == picture, "of a finished run, too"
+    assert call("train_stl_after_ssl", *tiny, *flags, "--full-fine-tune", "--resume").status == 0
+    fine_tuned = (tmp_path / "neighbours.png").read_bytes()
+    assert fine_tuned != picture, "of the finished trunk"
+    assert call("train_stl_after_ssl", *tiny, *flags, "--full-fine-tune", "--resume").status == 0
+    assert (tmp_path / "neighbours.png").read_bytes() == fine_tuned
     # the exported layer is that of the whole training split, not of the last fold
     assert call("train_stl_after_ssl", *tiny, "--experiment-name", "plain").status == 0
     assert torch.equal(state["softmax_layer"]["weight"], weights(tmp_path, "plain")["softmax_layer"]["weight"])
@@ -188,7 +194,18 @@ def test_folds_and_pictures(call, tiny, tmp_path, data_dir):
             assert min(image.size) > 300
 
 
-@pytest.mark.parametrize("content", [None, "1 2 x", "1 2 60", "", "-1"])
+def test_a_single_fold(call, tiny, tmp_path, data_dir, recwarn):
+    own = shutil.copytree(data_dir, tmp_path / "own")
+    (own / "fold_indices.txt").write_text(" ".join(map(str, range(40))) + "\n\n")
+    recwarn.clear()
+    outcome = call("train_stl_after_ssl", *tiny, "--data-dir", own, "--folds")
+    assert outcome.status == 0
+    assert "ten folds" in outcome.out
+    assert "nan" not in outcome.out
+    assert not recwarn.list, [str(warning.message) for warning in recwarn.list]
+
+
+@pytest.mark.parametrize("content", [None, "1 2 x", "1 2 60", "", "-1", "9" * 30])
 def test_folds_that_cannot_be_used(call, tiny, tmp_path, data_dir, content):
     own = tmp_path / "own"
     shutil.copytree(data_dir, own)
@@ -218,6 +235,14 @@ def test_pictures_show_what_they_say():
     assert shades[3] == (31, 119, 180), "all of class b"
     assert shades[2] == (255, 255, 255), "none of class b as a"
     assert len(set(shades)) == 4
+
+
+def test_what_stands_in_the_table_already_is_kept(call, tiny, tmp_path):
+    path = tmp_path / "observations/results.md"
+    path.parent.mkdir()
+    path.write_bytes(b"mine: \xff\n")
+    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "exp").status == 0
+    assert path.read_bytes().startswith(b"mine: \xff\n## exp\n")
 
 
 def test_a_finished_run_resumed_adds_no_second_table(call, tiny, tmp_path):

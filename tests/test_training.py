@@ -2,6 +2,7 @@
 
 import colorsys
 import csv
+import shutil
 import time
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_run_writes_what_the_readme_says(call, tiny, tmp_path):
     assert {"train_loss", "val_loss", "train_acc", "val_acc", "learning_rate"} <= set(table[0])
     assert all(float(row["val_loss"]) > 0 for row in table)
     left = {file.name for file in (tmp_path / "weights").iterdir()}
-    assert left == {"exp.pt", "exp.ckpt", "exp.previous.ckpt", ".exp.lock"}
+    assert left == {"exp.pt", "exp.ckpt", "exp.previous.ckpt", ".exp.run.lock"}
 
 
 @pytest.mark.parametrize(("model", "d"), [("res18", 512), ("res34", 512), ("res50", 2048)])
@@ -209,6 +210,45 @@ def test_warm_start(call, tiny, tmp_path):
     assert outcome.status == 0, outcome.err
     assert [row["epoch"] for row in rows(tmp_path, "first")] == ["1", "2"]
     assert not same(first["trunk"], weights(tmp_path, "first")["trunk"])
+
+
+@pytest.mark.parametrize("bank", ["features", "random", "visited"])
+def test_a_warm_start_under_its_own_name_resumes_itself(call, tiny, tmp_path, monkeypatch, bank):
+    """Killed before its first step, it goes on from its own beginning and not from what the earlier run left."""
+    flags = (*tiny, "--bank-start", bank, "--experiment-name")
+    again = ("--warm-start", "--cont-epoch", 2, "--lr", 0.1)
+    assert call("pirl_stl_train_test", *flags, "exp").status == 0
+    shutil.copytree(tmp_path / "weights", tmp_path / "saved")
+    outcome = call("pirl_stl_train_test", *flags, "exp", *again)
+    assert outcome.status == 0, outcome.err
+    whole = weights(tmp_path, "exp")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for function in ("start_bank", "training_step"):
+        for file in (tmp_path / "saved").iterdir():
+            shutil.copy(file, tmp_path / "weights")
+        with monkeypatch.context() as patch:
+            patch.setattr(pirl, function, killed)
+            assert call("pirl_stl_train_test", *flags, "exp", *again).status == 130
+        assert not (tmp_path / "weights/exp.previous.ckpt").exists(), "it is the earlier run's"
+        outcome = call("pirl_stl_train_test", *flags, "exp", *again, "--resume")
+        assert outcome.status == 0, outcome.err
+        assert same(whole["trunk"], weights(tmp_path, "exp")["trunk"])
+        assert [row["epoch"] for row in rows(tmp_path, "exp")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["", "a,b\n1,2\n", "epoch\nx\n", "epoch\n1\n", "epoch\n\xff\n", "epoch\n" + "1" * 200_000, "{head}\n1,x,,,,,,,\n"],
+)
+def test_a_warm_start_under_a_csv_that_is_none(call, tiny, tmp_path, rows):
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
+    path = tmp_path / "observations/exp_observations.csv"
+    path.write_bytes(rows.format(head=",".join(pirl.COLUMNS)).encode("latin1"))
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", "--warm-start", "--cont-epoch", 2)
+    assert outcome.status == 0 if not rows else outcome.is_one_line_error("exp_observations.csv")
 
 
 @pytest.mark.parametrize(

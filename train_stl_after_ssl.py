@@ -101,7 +101,7 @@ def parse_args(argv=None):
         help="epochs without a better validation loss until the learning rate falls to a tenth",
     )
     parser.add_switch("--folds", False, "train the softmax layer on each of STL-10's ten folds of 1,000 images, too")
-    add("--neighbours", type=file_to_write, help="write a picture of test images with the nearest training images here")
+    add("--neighbours", type=file_to_write, help="where to draw test images with the nearest training images")
     args = parser.parse_args(argv)
     args.full_epochs = args.full_epochs or args.epochs
     return args

@@ -584,7 +584,9 @@ def load_optimizer(optimizer, state, path):
     """Give SGD the momentum and learning rates of a checkpoint, if they fit; its other settings are this run's own."""
     try:
         for group, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group["lr"] = float(then["lr"])
+            if not math.isfinite(then["lr"]):
+                raise ValueError
+            group["lr"] = then["lr"]
             for parameter, index in zip(group["params"], then["params"], strict=True):
                 momentum = state["state"].get(index, {}).get("momentum_buffer")
                 if momentum is not None:

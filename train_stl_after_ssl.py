@@ -576,7 +576,7 @@ def add_to_results(results, name, table):
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     with open(results.with_name(".results.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other runs write their tables here, too
-        text = results.read_bytes().decode(errors="surrogateescape") if results.exists() else ""  # whatever is there
+        text = results.read_bytes().decode(errors="surrogateescape") if results.is_file() else ""  # any bytes
         if f"## {name}\n" not in text or table not in text[text.rindex(f"## {name}\n") :]:
             text += f"## {name}\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n"
             with whole_file(results) as file:

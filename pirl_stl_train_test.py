@@ -617,12 +617,12 @@ def start_bank(run):
 def warm_start(run, experiment):
     """Start from the weights of a finished run, at --cont-epoch; under the run's own name, its CSV is continued."""
     args = run.args
-    path = find_weights(args.pirl_model_name or args.experiment_name, args.weights_dir)
+    path = find_weights(args.pirl_model_name, args.weights_dir) if args.pirl_model_name else experiment.model
     state = read_torch_file(path, "PIRL weights")
     for name, module in parts(run.model).items():
         load_weights(module, state.get(name), path)
     run.epoch = args.cont_epoch
-    if experiment.observations.exists():
+    if experiment.observations.is_file():
         try:
             with open(experiment.observations, newline="") as file:
                 run.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < run.epoch]
@@ -653,8 +653,7 @@ def resume(run, checkpoint, experiment):
     run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
     run.statistics.copy_(checkpoint["statistics"])
     run.seconds, run.rows = checkpoint["seconds"], checkpoint["rows"]
-    if run.rows:
-        experiment.write_rows(run.rows)
+    experiment.write_rows(run.rows)
     print(f"going on from {experiment.checkpoint}: epoch {run.epoch}, after step {run.step}")
 
 

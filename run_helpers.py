@@ -44,7 +44,10 @@ def run_script(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, where an error of it gets its line
     except UserError as error:
         end(str(error))
     except KeyboardInterrupt as error:
@@ -55,10 +58,10 @@ def run_script(main):
         if isinstance(error.__context__, KeyboardInterrupt):  # torch.save puts an error of its own in its place
             end_interrupted(error.__context__)
         reason = storage_error(error)
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is still in its buffer
-            reason = "whoever read the output has gone: --resume True goes on where the last checkpoint stands"
-        elif reason is None and isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.filename is None:
+            with contextlib.suppress(OSError, ValueError):  # of the output, perhaps: Python would try it again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if reason is None and isinstance(error, OSError) and error.errno:
             reason = f"{error.filename or 'the system'}: {error.strerror}: put that right, and run the command again"
         if isinstance(error, distributed.DistError) or (world_size() > 1 and "gloo/transport" in str(error)):
             reason = "another rank of this job has ended: go on with --resume True and the same command"
@@ -102,6 +105,7 @@ def storage_error(error):
         errno.EEXIST: "a file stands where a folder is needed; name another path",
         errno.EISDIR: "a folder stands where a file is needed; name another path",
         errno.ENAMETOOLONG: "choose a shorter name",
+        errno.EPIPE: "whoever read the output has gone; run it again, training with --resume True, for the rest",
         errno.EIO: "the disk reports an error; what was written before is intact",
     }
     if error is None or error.errno not in advice:
@@ -318,6 +322,7 @@ def whole_file(path, mode="wb"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -448,7 +453,7 @@ class Experiment:
             raise problem
         self.damaged = problem is not None  # then the one before must not give way to it
         if self.damaged and rank() == 0:
-            print(f"warning: {problem}; going on from {path}, the one before", file=sys.stderr)
+            print(one_line(f"warning: {problem}; going on from {path}, the one before"), file=sys.stderr)
         if state is not None:
             then = state["settings"]
             differ = [
@@ -465,7 +470,7 @@ class Experiment:
 
     def write_rows(self, rows):
         """All epochs so far, a dict each, as the CSV."""
-        if rank():
+        if rank() or not rows:
             return
         with whole_file(self.observations, "w") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -521,9 +526,9 @@ def oddity(state):
             left += value
         elif isinstance(value, torch.Tensor):
             dense = value.layout == torch.strided and value.device.type == "cpu" and not value.requires_grad
-            if not dense or value.is_complex() or value.is_quantized:
+            if not dense or value.dtype not in (torch.float32, torch.int64, torch.bool):
                 return f"an odd tensor, {value.layout}, {value.dtype}, {value.device}"
-        elif not isinstance(value, str | int | float | None):
+        elif not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) >= 2**63):
             return f"a {type(value).__name__}"
     return None
 
@@ -538,12 +543,12 @@ def check_fields(state, expected, path):
 def fits(value, what):
     """Whether a value from a file is as expected.
 
-    what: a type or None; torch.Size for a tensor of finite numbers of that shape; (a, b) for a tuple or list of such
-    members; [a] for a list of any length; {str: a} for a dict with any names, {"name": a, …} for one with at least
-    these.
+    what: a type (a float must be finite) or None; torch.Size for a tensor of finite numbers of that shape; (a, b) for
+    a tuple or list of such members; [a] for a list of any length; {str: a} for a dict with any names, {"name": a, …}
+    for one with at least these.
     """
     if isinstance(what, torch.Size):
-        return isinstance(value, torch.Tensor) and value.shape == what and bool(value.float().isfinite().all())
+        return isinstance(value, torch.Tensor) and value.shape == what and bool(value.isfinite().all())
     if isinstance(what, tuple):
         good = isinstance(value, list | tuple) and len(value) == len(what)
         return good and all(map(fits, value, what))
@@ -555,6 +560,8 @@ def fits(value, what):
         if str in what:
             return all(isinstance(name, str) and fits(each, what[str]) for name, each in value.items())
         return all(fits(value.get(name), each) for name, each in what.items())
+    if what is float:
+        return isinstance(value, float) and math.isfinite(value)
     return value is None if what is None else isinstance(value, what)
 
 
@@ -566,12 +573,13 @@ def check_position(state, steps, columns, path):
 
 
 def check_rows(rows, columns, path):
-    """Refuse rows of a CSV with other columns, or with anything but numbers in them (a stage has a name)."""
+    """Refuse rows of a CSV with other columns, or with anything but numbers and the names of stages in them."""
     try:
         for row in rows:
-            values = [row[name] for name in columns if name != "stage" and row[name] not in (None, "")]
-            if list(row) != columns or not all(fits(v, str | int | float) and math.isfinite(float(v)) for v in values):
+            values = [row[name] for name in columns if row[name] not in (None, "", "softmax", "full")]
+            if list(row) != columns or not all(fits(value, str | int | float) for value in values):
                 raise ValueError
+            list(map(float, values))  # a validation loss may be infinite
     except (ValueError, TypeError, LookupError):
         raise damaged(path, "rows") from None
 
@@ -584,7 +592,7 @@ def load_optimizer(optimizer, state, path):
     """Give SGD the momentum and learning rates of a checkpoint, if they fit; its other settings are this run's own."""
     try:
         for group, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            if not math.isfinite(then["lr"]):
+            if not fits(then["lr"], float):
                 raise ValueError
             group["lr"] = then["lr"]
             for parameter, index in zip(group["params"], then["params"], strict=True):

@@ -104,7 +104,7 @@ def download(url, md5, raw_dir):
     print(f"fetching {url}")
     try:
         fetch(url, part)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and storage_error(error):
             raise
         raise UserError(

@@ -51,10 +51,12 @@ from run_helpers import (
     choose_device,
     choose_precision,
     cpu_state,
+    damaged,
     derived_seed,
     epoch_means,
     file_to_write,
     find_weights,
+    fits,
     generator,
     load_optimizer,
     load_weights,
@@ -151,6 +153,7 @@ class Run:
     train: torch.Tensor  # indices into images
     validation: torch.Tensor
     folds: list  # of indices, with --folds
+    class_names: list
     trunk_name: str
     model: Classifier
     results: dict = field(default_factory=dict)  # strategy -> (validation accuracy, test accuracy)
@@ -201,6 +204,7 @@ def start_run(args, device):
         train=train,
         validation=validation,
         folds=folds,
+        class_names=class_names(args.data_dir),
         trunk_name=f"PIRL trunk ({path})" if path else "random trunk",
         model=model,
     )
@@ -510,17 +514,19 @@ def resume(run, checkpoint, experiment):
     expected = {"images": [int], "model": dict, "results": dict, "rows": [dict], "seconds": {str: float}}
     expected |= {"full_stage": dict | None}
     check_fields(checkpoint, expected, experiment.checkpoint)
-    expected = {name: [pair] if name == FOLDS else pair for name in checkpoint["results"]}
-    check_fields(checkpoint["results"], expected, experiment.checkpoint)
+    expected = {NEIGHBOURS: pair, SOFTMAX: pair, FULL: pair, FOLDS: [pair]}
+    for name, value in checkpoint["results"].items():
+        if not value or name not in expected or not fits(value, expected[name]):
+            raise damaged(experiment.checkpoint, "a result")
     check_rows(checkpoint["rows"], COLUMNS, experiment.checkpoint)
     if checkpoint["images"] != run.checksum:
         raise UserError(
             f"{experiment.checkpoint} is of other images than those in {run.args.data_dir}: give their --data-dir"
         )
-    if checkpoint["full_stage"] and not run.args.full_fine_tune:
+    if checkpoint.get("full_stage") and not run.args.full_fine_tune:
         raise UserError(f"{experiment.checkpoint} is of a full stage that was interrupted: add --full-fine-tune True")
     load_weights(run.model, checkpoint["model"], experiment.checkpoint)
-    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint["full_stage"]
+    run.results, run.rows, run.full_stage = checkpoint["results"], checkpoint["rows"], checkpoint.get("full_stage")
     run.seconds = checkpoint["seconds"]
     experiment.write_rows(run.rows)
     print(f"going on from {experiment.checkpoint}")
@@ -545,11 +551,10 @@ def report(run, experiment):
             },
             file,
         )
-    names = class_names(run.args.data_dir)
     if run.predictions is None:  # all stages had been done before
         run.predictions = predictions(run, features_of(run, run.test_images))
     confusion = experiment.observations.with_name(f"{experiment.name}_confusion.png")
-    save_picture(confusion_picture(run.test_labels, run.predictions, names), confusion)
+    save_picture(confusion_picture(run.test_labels, run.predictions, run.class_names), confusion)
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
     for strategy, accuracies in run.results.items():
         if strategy == FOLDS:
@@ -567,7 +572,7 @@ def report(run, experiment):
 def class_names(data_dir):
     """The lines of class_names.txt, or the labels where there is none."""
     path = data_dir / "class_names.txt"
-    names = [name[:LONGEST_NAME] for name in read_text(path).split("\n")[:CLASSES]] if path.exists() else []
+    names = [name[:LONGEST_NAME] for name in read_text(path).splitlines()[:CLASSES]] if path.is_file() else []
     return names if len(names) == CLASSES else [str(label + 1) for label in range(CLASSES)]
 
 

@@ -167,7 +167,7 @@ def test_folds_and_pictures(call, tiny, tmp_path, data_dir):
     generator = np.random.default_rng(0)
     folds = [generator.permutation(60)[:40] for _ in range(10)]
     (own / "fold_indices.txt").write_text("\n".join(" ".join(map(str, fold)) for fold in folds))
-    (own / "class_names.txt").write_text("\n".join(f"animal {i}" for i in range(10)))
+    (own / "class_names.txt").write_bytes(b"\r\n".join(f"animal {i}".encode() for i in range(10)))
     flags = ("--data-dir", own, "--folds", "--neighbours", tmp_path / "neighbours.png", "--experiment-name", "f")
     outcome = call("train_stl_after_ssl", *tiny, *flags)
     assert outcome.status == 0, outcome.err
@@ -242,6 +242,20 @@ def test_what_stands_in_the_table_already_is_kept(call, tiny, tmp_path):
     path.write_bytes(b"mine: \xff\n")
     assert call("train_stl_after_ssl", *tiny, "--experiment-name", "exp").status == 0
     assert path.read_bytes().startswith(b"mine: \xff\n## exp\n")
+
+
+def test_a_validation_loss_that_is_not_finite_is_but_a_bad_epoch(call, tiny, tmp_path, monkeypatch):
+    evaluate, seen = labelled.evaluate, []
+
+    def overflown(run, images, labels):
+        seen.append(evaluate(run, images, labels))
+        return (float("nan"), seen[-1][1]) if len(seen) == 1 else seen[-1]
+
+    monkeypatch.setattr(labelled, "evaluate", overflown)
+    flags = (*tiny, "--full-fine-tune", "--experiment-name", "exp")
+    assert call("train_stl_after_ssl", *flags).status == 0
+    assert "nan" in [row["val_loss"] for row in rows(tmp_path, "exp")]
+    assert call("train_stl_after_ssl", *flags, "--resume").status == 0
 
 
 def test_a_finished_run_resumed_adds_no_second_table(call, tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Arbitrary bytes for the readers: a result or the one-line error, never anything else, and little memory."""
 
 import io
+import math
 import resource
 import zipfile
 
@@ -127,6 +128,9 @@ ODD = {  # what no file of ours holds
     "meta": lambda: torch.zeros(3, device="meta"),
     "complex": lambda: torch.zeros(3, dtype=torch.complex64),
     "gradient": lambda: torch.zeros(3, requires_grad=True),
+    "half": lambda: torch.zeros(3, dtype=torch.float16),
+    "bits": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.bits8),
+    "large number": lambda: 10**400,
     "set": lambda: {1, 2},
     "type": lambda: torch.float32,
 }
@@ -153,6 +157,7 @@ PIRL = [
     ("settings", {"lr": nested(30)}),
     ("rows", [{"a": 1}]),
     ("rows", [{"epoch": nested(30)}]),
+    ("seconds", math.nan),
     ("bank", torch.full((100, 128), torch.nan)),
     ("bank", torch.zeros(1).expand(2**20, 2**20)),
     ("statistics", torch.full((5, 2), torch.nan)),
@@ -180,7 +185,7 @@ def test_checkpoints_of_pretraining_with_an_odd_field(call, tiny, tmp_path):
     for place, value in (
         ("optimizer/state/0/momentum_buffer", torch.zeros(1).expand(64, 3, 7, 7)),
         ("optimizer/param_groups", [{**good["optimizer"]["param_groups"][0], "maximize": True, "momentum": "x"}]),
-        ("statistics", torch.ones(1, dtype=torch.float16).expand(5, 2)),
+        ("statistics", torch.ones(1).expand(5, 2)),
     ):
         torch.save({**alter(good, place, value), "epoch": 1, "step": 3, "rows": []}, path)
         assert call("pirl_stl_train_test", *flags, "--resume").status == 0, place
@@ -189,6 +194,9 @@ def test_checkpoints_of_pretraining_with_an_odd_field(call, tiny, tmp_path):
 LABELLED = [
     ("rows", [1]),
     ("rows", [{"stage": "full"}]),
+    ("results", {"another": (0.5, 0.5)}),
+    ("results", {"only the softmax layer, ten folds": []}),
+    ("seconds", {"the whole network": math.nan}),
     ("results", {"only the softmax layer": 5}),
     ("results", {"only the softmax layer": ("x", "y")}),
     ("results", {"only the softmax layer, ten folds": [5]}),

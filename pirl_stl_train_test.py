@@ -643,7 +643,8 @@ def resume(run, checkpoint, experiment):
     expected |= {"bank": run.bank.vectors.shape, "statistics": run.statistics.shape}
     expected |= {"visited": None if run.bank.visited is None else run.bank.visited.shape}
     check_fields(checkpoint, expected, experiment.checkpoint)
-    check_position(checkpoint, run.steps, COLUMNS, experiment.checkpoint)
+    check_position(checkpoint, run.steps, experiment.checkpoint)
+    check_rows(checkpoint["rows"], COLUMNS, experiment.checkpoint)
     for name, module in parts(run.model).items():
         load_weights(module, checkpoint["model"].get(name), experiment.checkpoint)
     load_optimizer(run.optimizer, checkpoint["optimizer"], experiment.checkpoint)

@@ -404,7 +404,7 @@ def train_whole_network(run, experiment, stop):
         expected = {"epoch": int, "step": int, "best": {"val_acc": float}, "optimizer": dict}
         expected |= {"schedule": dict.fromkeys(PLATEAU, int | float), "statistics": torch.Size([steps, 2])}
         check_fields(stage, expected, experiment.checkpoint)
-        check_position({**stage, "rows": run.rows}, steps, COLUMNS, experiment.checkpoint)
+        check_position(stage, steps, experiment.checkpoint)
         load_optimizer(optimizer, stage["optimizer"], experiment.checkpoint)
         schedule.load_state_dict({name: stage["schedule"][name] for name in PLATEAU})
     run.full_stage, stage["statistics"] = stage, stage["statistics"].to(run.device, torch.float32).contiguous()
@@ -558,15 +558,19 @@ def report(run, experiment):
     table = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
     for strategy, accuracies in run.results.items():
         if strategy == FOLDS:
-            tests = [100 * test for _, test in accuracies]
-            spread = f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
-            validation, test = "none", f"{statistics.mean(tests):.2f}{spread}%"
+            validation, test = "none", spread([test for _, test in accuracies], unit="%")
         else:
             validation, test = (f"{accuracy:.2%}" for accuracy in accuracies)
         table += f"{strategy}, {run.trunk_name} | {validation} | {test}\n"
     results = run.args.observations_dir / "results.md"
     add_to_results(results, experiment.name, table)
     print(f"\n{table}\nwrote {experiment.model}, {experiment.observations}, {confusion} and {results}")
+
+
+def spread(values, scale=100, unit=" %"):
+    """mean ± standard deviation (of the sample), as text."""
+    deviation = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.2f}{deviation}{unit}"
 
 
 def class_names(data_dir):

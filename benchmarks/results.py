@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.runs import fine_tune, pretrain
 from pictures import curve_picture, save_picture
 from run_helpers import Parser, UserError, number, run_script, whole_file
-from train_stl_after_ssl import FOLDS, FULL, NEIGHBOURS, SOFTMAX
+from train_stl_after_ssl import FOLDS, FULL, NEIGHBOURS, SOFTMAX, spread
 
 
 def parse_args():
@@ -50,12 +50,6 @@ def main():
     with whole_file(args.results_dir / f"{name}.md", "w") as file:
         file.write(document(args, pirl, labelled, pretrained, tuned, random, picture.name))
     print(f"\n{(args.results_dir / f'{name}.md').read_text()}\nwrote {args.results_dir / f'{name}.md'} and {picture}")
-
-
-def spread(values, scale=100, unit=" %"):
-    """mean ± standard deviation (of the sample), as text."""
-    deviation = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.2f}{deviation}{unit}"
 
 
 def document(args, pirl, labelled, pretrained, tuned, random, picture):

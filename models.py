@@ -19,6 +19,26 @@ PATCHES = 9
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # of the k-nearest-neighbour classifier
 
 
+class SmallMapConv2d(nn.Conv2d):
+    """A 3 × 3 convolution with padding 1 which computes square maps of 1 × 1 and 2 × 2 pixels as one linear layer.
+
+    Patches of 30 pixels are maps of this size in layer3 and layer4, where a padded convolution multiplies mostly zeros
+    (8 of 9 taps at 1 × 1), and CPUs without AVX-512 compute its weight gradient by a slow fallback. Only the taps that
+    touch the map are multiplied: the same function of the same weights [out, in, 3, 3], up to 9 times less work.
+    """
+
+    def forward(self, x):  # [B, in, S, S] -> [B, out, S', S'], S' = ⌈S / stride⌉
+        side, stride = x.shape[3], self.stride[0]
+        if side > 2 or x.shape[2] != side:
+            return super().forward(x)
+        # The output at (a, b) sees the whole map, by the taps from 1 − a down and from 1 − b right.
+        places = range(0, side, stride)
+        taps = [self.weight[:, :, 1 - a : 1 - a + side, 1 - b : 1 - b + side] for a in places for b in places]
+        matrix = torch.stack(taps).permute(0, 1, 3, 4, 2).reshape(-1, side * side * self.in_channels)
+        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)
+        return y.view(len(x), len(places), len(places), self.out_channels).permute(0, 3, 1, 2)
+
+
 def make_trunk(model_type, stem="imagenet", zero_init=True):
     """(torchvision's ResNet without its last layer, its output dimension d: 512, or 2048 for res50).
 
@@ -33,6 +53,9 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
     if stem == "small":
         trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.padding == (1, 1):
+            module.__class__ = SmallMapConv2d  # another forward for the same parameters
     return trunk, dimension
 
 

@@ -84,7 +84,6 @@ from run_helpers import (
 
 DEFAULT_NEGATIVES = 6400
 FEWEST_STEPS = 1000  # that a run should have: see the rows of batch sizes in benchmarks/recipe.md
-BF16_SIZE = 55  # below, patches are 1 × 1 in layer4, whose first convolution torch 2.11 gives arbitrary gradients then
 STATISTICS_IMAGES = 4096  # for the exported batch-norm statistics
 GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
 # What a resumed run may change. (--epochs only with the --tmax-for-cos-decay that it had.)
@@ -493,11 +492,6 @@ def knn_text(rows):
 
 def start_run(args, device):
     """The images, after checking what depends on their size and number, and a run at its first step."""
-    if device.type == "cpu" and args.precision == "bf16" and args.stem == "imagenet" and args.image_size < BF16_SIZE:
-        raise UserError(
-            f"torch's bf16 on CPUs gives wrong gradients for patches of images below {BF16_SIZE} pixels: use "
-            f"--precision fp32, or --image-size {BF16_SIZE} or more"
-        )
     note_incomplete(args.data_dir)
     images, train_count, checksum = load_unlabelled(
         args.data_dir, args.image_size, device, args.seed, args.only_train, args.val_images

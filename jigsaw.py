@@ -5,33 +5,17 @@ python jigsaw.py --data-dir stl10_data --out jigsaw.png    # a picture of what t
 
 from pathlib import Path
 
+import run_helpers as rh
 import torch
 from torchvision.utils import make_grid
 
-from dataset_helpers import (
-    COLOUR_DRAWS,
-    COLOUR_STRENGTH,
-    CROP_ASPECT,
-    CROP_DRAWS,
-    HUE,
-    STL10_SIDE,
-    crop_box,
-    crop_coordinates,
-    jitter,
-    pixels_of,
-    read_image,
-    recolour,
-    sample,
-    uniform_draws,
-    unlabelled_files,
-)
+import dataset_helpers as dh
 from pictures import save_picture
-from run_helpers import VIEWS, Parser, file_to_write, number, run_script
 
 GRID = 3
 CELLS = GRID * GRID
 PRETEXT_CROP_AREA = (0.6, 1.0)  # of the image's area
-JIGSAW_DRAWS = CROP_DRAWS + CELLS * (2 + COLOUR_DRAWS + 1)
+JIGSAW_DRAWS = dh.CROP_DRAWS + CELLS * (2 + dh.COLOUR_DRAWS + 1)
 
 
 def patch_sizes(side):
@@ -55,20 +39,20 @@ def patch_places(offset_draws, order_draws, side):
     return permutation, rows, columns
 
 
-def jigsaw_view(images, draws, strength=COLOUR_STRENGTH, hue=HUE):
+def jigsaw_view(images, draws, strength=dh.COLOUR_STRENGTH):
     """The pretext view I_t: crop of at least 60 %, 3 × 3 grid, a random patch of each cell, own colours each, shuffled.
 
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 85] -> [B·9, 3, P, P] float32, normalised, channels-last, the
-    nine patches of an image in a row. The crop is never made: patches are sampled straight from the image. strength and
-    hue: see jitter().
+    nine patches of an image in a row. The crop is never made: patches are sampled straight from the image. strength:
+    see dh.jitter().
     """
     side = images.shape[-1]
-    crop, offsets, colours, order = draws.split([CROP_DRAWS, CELLS * 2, CELLS * COLOUR_DRAWS, CELLS], 1)
+    crop, offsets, colours, order = draws.split([dh.CROP_DRAWS, CELLS * 2, CELLS * dh.COLOUR_DRAWS, CELLS], 1)
     _, rows, columns = patch_places(offsets.unflatten(1, (CELLS, 2)), order, side)
-    box = [edge[..., None] for edge in crop_box(crop, side, PRETEXT_CROP_AREA, CROP_ASPECT)]
-    y, x = crop_coordinates(box, rows, columns, side)
-    patches = sample(images, y[..., :, None], x[..., None, :])
-    return recolour(patches, *jitter(colours.reshape(-1, COLOUR_DRAWS), strength, hue))
+    box = [edge[..., None] for edge in dh.crop_box(crop, side, PRETEXT_CROP_AREA, dh.CROP_ASPECT)]
+    y, x = dh.crop_coordinates(box, rows, columns, side)
+    patches = dh.sample(images, y[..., :, None], x[..., None, :])
+    return dh.recolour(patches, *dh.jitter(colours.reshape(-1, dh.COLOUR_DRAWS), strength))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,12 +64,14 @@ def picture(images, draws):
     """A row per image: the image, its crop with the grid, the nine patches as presented. RGB in 0 … 1, [3, H, W]."""
     side, zoom = images.shape[-1], 2
     pixels = torch.arange(side)[None]
-    y, x = crop_coordinates(crop_box(draws[:, :CROP_DRAWS], side, PRETEXT_CROP_AREA, CROP_ASPECT), pixels, pixels, side)
-    crops = sample(images, y[:, None, :, None], x[:, None, None, :]) / 255
+    y, x = dh.crop_coordinates(
+        dh.crop_box(draws[:, : dh.CROP_DRAWS], side, PRETEXT_CROP_AREA, dh.CROP_ASPECT), pixels, pixels, side
+    )
+    crops = dh.sample(images, y[:, None, :, None], x[:, None, None, :]) / 255
     cell, patch = patch_sizes(side)
     for line in (cell, 2 * cell):
         crops[:, :, line - 1 : line + 1] = crops[:, :, :, line - 1 : line + 1] = 1
-    patches = pixels_of(jigsaw_view(images, draws)).view(-1, CELLS, 3, patch, patch)
+    patches = dh.pixels_of(jigsaw_view(images, draws)).view(-1, CELLS, 3, patch, patch)
     mosaics = torch.stack([make_grid(nine, GRID, padding=cell - patch + 1, pad_value=1) for nine in patches])
     mosaics = torch.nn.functional.interpolate(mosaics, (side, side), mode="nearest-exact")
     cells = torch.stack([images / 255, crops, mosaics], 1).flatten(0, 1)
@@ -95,18 +81,19 @@ def picture(images, draws):
 
 
 def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("stl10_data"), help="what stl10_data_load.py wrote")
-    parser.add_argument("--out", type=file_to_write, default=Path("jigsaw.png"), help="the picture to write")
-    parser.add_argument("--images", type=number(int, 1, 100), default=4, help="how many, the first of unlabelled/")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the views")
+    parser = rh.Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder with the folder unlabelled")
+    add("--out", type=rh.file_to_write, default=Path("jigsaw.png"), help="the picture to write")
+    add("--images", type=rh.between(int, 1, 100), default=4, help="how many images to show")
+    add("--seed", type=rh.between(int, 0, 2**32 - 1), default=0, help="the seed of the crops, colours and orders")
     args = parser.parse_args()
-    files = unlabelled_files(args.data_dir)[: args.images]
-    images = torch.stack([torch.from_numpy(read_image(file, STL10_SIDE).copy()) for file in files])
-    draws = uniform_draws(len(images), JIGSAW_DRAWS, args.seed, VIEWS, 1, device="cpu")
+    files = dh.image_files(dh.unlabelled_folder(args.data_dir))[: args.images]
+    images, _ = dh.load_images(files, dh.STL10_SIDE, torch.device("cpu"), "images")
+    draws = dh.uniform_draws(len(images), JIGSAW_DRAWS, args.seed, rh.VIEWS, 1, device="cpu")
     save_picture(picture(images.float(), draws), args.out)
     print(f"wrote {args.out}: each image, its crop with the grid, and the nine shuffled patches")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    rh.run_script(main)

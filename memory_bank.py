@@ -2,24 +2,21 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
-class MemoryBank:
-    """One unit vector m_i per image, float32 on the training device.
+class MemoryBank(nn.Module):
+    """One unit vector m_i per image, float32 [N, 128], on the training device; no gradient flows into it.
 
     The rows of the training images come first; only they are ever negatives. The rows of validation images behind
     them are kept by the same rule, so that the validation loss is made as the training loss is.
     """
 
-    def __init__(self, vectors, train_count, beta, visited=None):
-        """vectors [N, 128], normalised here; train_count: of the first rows; beta: β, the weight of the past.
-
-        visited [N] bool: rows that may be negatives, to which each update adds its own (default: all rows).
-        """
-        self.vectors = F.normalize(vectors.float(), dim=1)
-        self.visited = visited
-        self.train_count = train_count
-        self.beta = beta
+    def __init__(self, vectors, train_count, beta):
+        """vectors [N, 128], normalised here; train_count: how many of the first rows train; beta: β, of the past."""
+        super().__init__()
+        self.register_buffer("vectors", F.normalize(vectors.float(), dim=1))
+        self.train_count, self.beta = train_count, beta
 
     @torch.no_grad()
     def update(self, index, image_vectors):
@@ -30,20 +27,16 @@ class MemoryBank:
         fresh = F.normalize(image_vectors.float(), dim=1)
         mixed = self.beta * self.vectors[index] + (1 - self.beta) * fresh
         self.vectors.index_copy_(0, index, F.normalize(mixed, dim=1))
-        if self.visited is not None:
-            self.visited.index_fill_(0, index, True)
 
     def draw_negatives(self, index, count, generator):
         """`count` negatives for each image of the batch, uniform over the other training images, none of them twice.
 
         One draw of count + 1 rows serves the whole batch. An image whose own row was drawn does not see that row; any
-        other image does not see the last row: each has exactly `count` negatives, less those not visited yet.
+        other image does not see the last row: each has exactly `count` negatives.
 
         index [B] int64; returns (vectors [count + 1, 128], hidden [B, count + 1] bool: True where not a negative).
         """
         rows = torch.randperm(self.train_count, generator=generator, device=self.vectors.device)[: count + 1]
         hidden = rows == index[:, None]
         hidden[:, -1] |= ~hidden.any(1)
-        if self.visited is not None:
-            hidden |= ~self.visited[rows]
         return self.vectors[rows], hidden

@@ -1,22 +1,28 @@
-"""The networks: trunk φ, heads f and g, and the classifier of the labelled stages."""
+"""The networks: trunk φ, heads f and g, and the classifier; files of weights; features and their neighbours."""
 
 import contextlib
+import copy
+from pathlib import Path
 
+import run_helpers as rh
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from dataset_helpers import normalised, progress_bar
+import dataset_helpers as dh
 
 TRUNKS = {
     "res18": torchvision.models.resnet18,
     "res34": torchvision.models.resnet34,
     "res50": torchvision.models.resnet50,
 }
-VECTOR_SIZE = 128  # of what the heads put out and the memory bank holds (paper, section 3.2)
+PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # of a network, under these names in our files
+VECTOR_SIZE = 128  # numbers in an output of the heads and in a row of the memory bank (paper, section 3.2)
 PATCHES = 9
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # of the k-nearest-neighbour classifier
+EVALUATION_BATCH = 128  # at most so many images at a time when nothing is trained
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -87,92 +93,30 @@ class PIRL(nn.Module):
         self.trunk, dimension = make_trunk(model_type, stem, zero_init)
         self.head_f = head_output(dimension, non_linear_head)
         self.head_g = JigsawHead(dimension, non_linear_head)
+        self.norms = [m for m in self.trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, images, patches):
         """images [B, 3, S, S], patches [B·9, 3, P, P] -> f(φ(I)) and g(φ(I_t)), each [B, 128], not normalised."""
         image_vectors = self.head_f(self.trunk(images))
-        with batch_statistics(self.trunk):
+        with self.batch_statistics():
             patch_features = self.trunk(patches)
         return image_vectors, self.head_g(patch_features.unflatten(0, (-1, PATCHES)))
 
+    @contextlib.contextmanager
+    def batch_statistics(self):
+        """Inside, batch norm uses the batch's own statistics, in eval mode too, and leaves the running ones alone.
 
-@contextlib.contextmanager
-def batch_statistics(trunk):
-    """Inside, batch norm uses the batch's own statistics in train and eval mode, and leaves the running ones alone.
-
-    Patches and whole images differ in their statistics. The running ones are those of whole images, which is what
-    evaluation feeds the trunk: mixing the two costs it several points of accuracy.
-    """
-    norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    training = trunk.training
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training, norm.track_running_stats = training, True
-
-
-@torch.no_grad()
-def estimate_statistics(trunk, images, batch_size, look=None):
-    """Set batch norm's running statistics to those of images uint8 [N, 3, S, S] as they are: the mean over batches.
-
-    In float32, as all that features are measured with: those of an untrained trunk nearly coincide. look() is called
-    after each batch.
-    """
-    norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momentum, training = norms[0].momentum, trunk.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
-    trunk.train()
-    with progress_bar(len(images), "statistics", " images") as bar:
-        for batch in images.chunk(max(1, len(images) // batch_size)):
-            trunk(normalised(batch))
-            bar.update(len(batch))
-            if look:
-                look()
-    trunk.train(training)
-    for norm in norms:
-        norm.momentum = momentum
-
-
-@torch.no_grad()
-def trunk_features(trunk, images, batch_size, flip=False, look=None):
-    """The trunk's features in eval mode (running statistics), in float32: uint8 [N, 3, S, S] -> [N, d].
-
-    look() is called after each batch.
-    """
-    training, features = trunk.training, []
-    trunk.eval()
-    with progress_bar(len(images), "features", " images") as bar:
-        for batch in images.split(batch_size):
-            features.append(trunk(normalised(batch.flip(3) if flip else batch)))
-            bar.update(len(batch))
-            if look:
-                look()
-    trunk.train(training)
-    return torch.cat(features)
-
-
-def nearest(features, queries, count):
-    """The `count` most similar rows of features [N, d] to each of queries [Q, d]: (cosines, rows), each [Q, count]."""
-    features = F.normalize(features, dim=1)
-    blocks = [(F.normalize(block, dim=1) @ features.T).topk(count) for block in queries.split(1024)]
-    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
-
-
-def neighbour_accuracy(features, labels, queries, query_labels, classes):
-    """Accuracy of weighted k-nearest-neighbour classification (k = 20 or all, weights exp(cosine / 0.07)), a float.
-
-    features [N, d] and labels [N] are searched, queries [Q, d] and query_labels [Q] are what is classified. (Wu et al.,
-    arXiv:1805.01978, section 3.4.)
-    """
-    cosines, rows = nearest(features, queries, min(NEIGHBOURS, len(features)))
-    votes = torch.zeros(len(queries), classes, device=queries.device)
-    votes.scatter_add_(1, labels[rows], (cosines / NEIGHBOUR_TEMPERATURE).exp())
-    return (votes.argmax(1) == query_labels).float().mean().item()
+        Patches and whole images differ in their statistics. The running ones are those of whole images, which is what
+        evaluation feeds the trunk: mixing the two costs it several points of accuracy.
+        """
+        training = self.trunk.training
+        for norm in self.norms:
+            norm.training, norm.track_running_stats = True, False
+        try:
+            yield
+        finally:
+            for norm in self.norms:
+                norm.training, norm.track_running_stats = training, True
 
 
 class Classifier(nn.Module):
@@ -185,3 +129,89 @@ class Classifier(nn.Module):
 
     def forward(self, images):  # [B, 3, S, S] -> logits [B, classes]
         return self.softmax_layer(self.trunk(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_weights(name, weights_dir):
+    """(file, its content) by a path, or by a name under the weights folder: any of our files, or torchvision's.
+
+    The content is a dict of state dicts, "trunk" and those of "head_f", "head_g" and "softmax_layer" that there are,
+    with "settings" (empty for torchvision's) and, of a labelled run, "classes".
+    """
+    tried = [Path(name), weights_dir / name, weights_dir / f"{name}.pt", weights_dir / f"{name}.ckpt"]
+    path = next((path for path in tried if path.is_file()), None)
+    if path is None:
+        raise rh.UserError(f"there is no model {name} (looked for {', '.join(map(str, tried))}): check the name")
+    state = rh.read_torch_file(path)
+    with rh.fitting(path, "give a file of these scripts, or the state dict of one of torchvision's ResNets"):
+        if "conv1.weight" in state:
+            return path, {"trunk": {k: v for k, v in state.items() if not k.startswith("fc.")}, "settings": {}}
+        if "run" in state:  # a checkpoint: "trunk.conv1.weight" and so on
+            for key, value in state["run"]["model"].items():
+                part, rest = key.split(".", 1)
+                state.setdefault(part, {})[rest] = value
+        return path, {key: state[key] for key in (*PARTS, "classes") if key in state} | {
+            "trunk": state["trunk"],
+            "settings": state["settings"],
+        }
+
+
+def load_weights(modules, weights, path):
+    """Give each of `modules`, a dict by the names in PARTS, its state dict; say which parts of the file are used."""
+    advice = "give the --model-type, --stem and --non-linear-head that it was made with"
+    for name, module in modules.items():
+        with rh.fitting(path, advice):
+            module.load_state_dict(weights[name])
+    unused = [name for name in PARTS if name in weights and name not in modules]
+    print(f"using {', '.join(modules)} of {path}{', not ' if unused else ''}{', '.join(unused)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_statistics(trunk, images, batch_size):
+    """A copy of the trunk in eval mode, with batch norm's statistics of images uint8 [N, 3, S, S] as they are.
+
+    In float32, as all that features are measured with: those of an untrained trunk nearly coincide.
+    """
+    trunk = copy.deepcopy(trunk)
+    count = max(1, len(images) // min(batch_size, EVALUATION_BATCH))
+    update_bn((dh.normalised(batch) for batch in images.chunk(count)), trunk)
+    return trunk.eval()
+
+
+@torch.no_grad()
+def trunk_features(trunk, images, batch_size, flip=False):
+    """The trunk's features in eval mode (running statistics), in float32: uint8 [N, 3, S, S] -> [N, d]."""
+    trunk.eval()
+    with rh.progress_bar(len(images), "features", " images") as bar:
+        features = []
+        for batch in images.split(min(batch_size, EVALUATION_BATCH)):
+            features.append(trunk(dh.normalised(batch.flip(3) if flip else batch)))
+            bar.update(len(batch))
+    return torch.cat(features)
+
+
+def nearest(features, queries, count):
+    """The `count` most similar rows of features [N, d] to each of queries [Q, d]: (cosines, rows), each [Q, count]."""
+    features = F.normalize(features, dim=1)
+    blocks = [(F.normalize(block, dim=1) @ features.T).topk(count) for block in queries.split(1024)]
+    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
+
+
+def neighbour_accuracy(features, labels, queries, query_labels):
+    """Accuracy of weighted k-nearest-neighbour classification (k = 20 or all, weights exp(cosine / 0.07)), a float.
+
+    features [N, d] and labels [N] are searched, queries [Q, d] and query_labels [Q] are what is classified. (Wu et al.,
+    arXiv:1805.01978, section 3.4.)
+    """
+    cosines, rows = nearest(features, queries, min(NEIGHBOURS, len(features)))
+    votes = torch.zeros(len(queries), int(labels.max()) + 1, device=queries.device)
+    votes.scatter_add_(1, labels[rows], (cosines / NEIGHBOUR_TEMPERATURE).exp())
+    return (votes.argmax(1) == query_labels).float().mean().item()

@@ -1,11 +1,10 @@
 """Pictures of results: nearest neighbours, confusion matrix, learning curves. All are small PNG files."""
 
+import run_helpers as rh
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-
-from run_helpers import whole_file
 
 TILE = 64  # pixels of a small photograph
 RIGHT, WRONG = (44, 160, 44), (214, 39, 40)
@@ -16,7 +15,7 @@ def save_picture(image, path):
     """A Pillow image, or RGB float [3, H, W] in 0 … 1, as a PNG of 256 colours: small files."""
     if isinstance(image, torch.Tensor):
         image = to_pil_image(image.clamp(0, 1).cpu())
-    with whole_file(path) as file:
+    with rh.whole_file(path) as file:
         image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
 
 

@@ -11,9 +11,10 @@ import shlex
 import statistics
 from pathlib import Path
 
+from run_helpers import Parser, UserError, number, run_script, whole_file
+
 from benchmarks.runs import fine_tune, pretrain
 from pictures import curve_picture, save_picture
-from run_helpers import Parser, UserError, number, run_script, whole_file
 from train_stl_after_ssl import FOLDS, FULL, NEIGHBOURS, SOFTMAX, spread
 
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
+from run_helpers import UserError, settings_of
 
 import pirl_stl_train_test
 import train_stl_after_ssl
-from run_helpers import UserError, settings_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"pirl_stl_train_test.py": pirl_stl_train_test, "train_stl_after_ssl.py": train_stl_after_ssl}

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from run_helpers import NEGATIVES, Parser, autocast, choose_device, generator, number, run_script
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
@@ -21,7 +22,6 @@ from torchvision.transforms.functional import to_pil_image
 import dataset_helpers as dh
 import jigsaw
 import pirl_stl_train_test as pirl
-from run_helpers import NEGATIVES, Parser, autocast, choose_device, generator, number, run_script
 
 IMAGES = 8192
 POOL = 70_000  # rows of the memory bank, as in a run on STL-10

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from run_helpers import run_script
 
 import models
 import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
-from run_helpers import run_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {module.__name__: module for module in (stl10_data_load, pirl_stl_train_test, train_stl_after_ssl)}

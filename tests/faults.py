@@ -24,10 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from run_helpers import damage
 from conftest import start, write_raw
 from tqdm import tqdm
-
-from run_helpers import damage
 
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
 TIMES = 3  # that one run gets a signal, before it is left to end

@@ -10,12 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from run_helpers import UserError, rank, run_script, world_size
 from conftest import ThinResNet18
 from torch import distributed, nn
 
 import models
 import pirl_stl_train_test as pirl
-from run_helpers import UserError, rank, run_script, world_size
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
 sys.argv = [sys.argv[0], *sys.argv[3:]]

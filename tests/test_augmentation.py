@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from run_helpers import generator
 
 import dataset_helpers as dh
-from run_helpers import generator
 
 
 def draws(count, columns, seed=0):

@@ -4,9 +4,9 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+from run_helpers import UserError
 
 from benchmarks import recipe, results, runs
-from run_helpers import UserError
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run_helpers import UserError
 from conftest import COUNTS, write_raw
 from PIL import Image
 from torchvision.datasets import STL10
@@ -21,7 +22,6 @@ from torchvision.datasets import STL10
 import dataset_helpers
 import stl10_data_load
 from dataset_helpers import image_files, load_images, load_labelled, read_image
-from run_helpers import UserError
 
 
 def pixels(path):

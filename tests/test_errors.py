@@ -14,10 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from run_helpers import StopSignal, Terminated, run_script
 from conftest import ROOT, Outcome, start
 from PIL import Image
-
-from run_helpers import StopSignal, Terminated, run_script
 
 SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
 

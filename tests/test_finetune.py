@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from run_helpers import StopSignal
 from PIL import Image
 
 import pictures
 import train_stl_after_ssl as labelled
 from dataset_helpers import normalised
 from models import Classifier, make_trunk
-from run_helpers import StopSignal
 
 HEADER = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy"
 

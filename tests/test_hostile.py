@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from run_helpers import UserError, read_torch_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +16,6 @@ from PIL import Image
 import stl10_data_load
 import train_stl_after_ssl
 from dataset_helpers import IMAGE_BYTES, read_image
-from run_helpers import UserError, read_torch_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 MODERATE = settings(

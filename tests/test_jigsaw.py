@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from run_helpers import generator
 
 import jigsaw
 from dataset_helpers import CROP_ASPECT, MEAN, STD, crop_box
 from jigsaw import JIGSAW_DRAWS, jigsaw_view, patch_places, patch_sizes
-from run_helpers import generator
 
 
 def draws(count, seed=0):

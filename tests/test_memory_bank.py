@@ -1,7 +1,7 @@
 import torch
+from run_helpers import generator
 
 from memory_bank import MemoryBank
-from run_helpers import generator
 
 
 def bank(count=50, train=40, beta=0.5):

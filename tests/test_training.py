@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from run_helpers import StopSignal
 from conftest import COUNTS, start_of
 from PIL import Image
 
 import pirl_stl_train_test as pirl
 from dataset_helpers import normalised
 from models import PIRL
-from run_helpers import StopSignal
 
 CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
 

@@ -26,9 +26,7 @@ MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
 STD = (0.2603, 0.2566, 0.2713)
 VALIDATION_IMAGES = 4096  # at most so many of the unlabelled images that are not trained on
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to a tensor
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- From files to a tensor ------------------------------------------------------------------------------------------
 
 
 def natural(text):
@@ -100,16 +98,16 @@ def unlabelled_folder(data_dir):
     return data_dir / ("unlabeled" if (data_dir / "unlabeled").is_dir() else "unlabelled")
 
 
-def load_unlabelled(data_dir, side, device, seed, only_train):
+def load_unlabelled(args, device):
     """The unlabelled images that a run uses: those to train on, then at most 4,096 of the others.
 
-    Returns (images uint8 [N, 3, side, side] on `device`, the number of training images, checksum).
+    Returns (images uint8 [N, 3, S, S] on `device`, the number of training images, checksum).
     """
-    folder = unlabelled_folder(data_dir)
+    folder = unlabelled_folder(args.data_dir)
     files = image_files(folder)
-    train, validation = unlabelled_split(len(files), seed, only_train)
+    train, validation = unlabelled_split(len(files), args.seed, args.only_train)
     rows = torch.cat([train, validation[:VALIDATION_IMAGES]]).tolist()
-    images, checksum = load_images([files[row] for row in rows], side, device, folder.name)
+    images, checksum = load_images([files[row] for row in rows], args.image_size, device, folder.name)
     return images, len(train), checksum
 
 
@@ -142,9 +140,7 @@ def class_names(data_dir, classes):
     return lines if classes == [str(number + 1) for number in range(len(lines))] else classes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits and random numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Splits and random numbers ---------------------------------------------------------------------------------------
 
 
 def unlabelled_split(count, seed, only_train):
@@ -171,9 +167,7 @@ def uniform_draws(count, columns, *key, device):
     return torch.rand(count, columns, generator=rh.generator(device, *key), device=device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation: images are float32 [B, 3, S, S] in 0 … 255 until they are coloured and normalised
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Augmentation: images are float32 [B, 3, S, S] in 0 … 255 until they are coloured and normalised -----------------
 
 CROP_DRAWS, COLOUR_DRAWS = 4, 6
 IMAGE_VIEW_DRAWS = CROP_DRAWS + 1 + COLOUR_DRAWS

@@ -4,6 +4,7 @@ python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 --exp
 """
 
 import csv
+import functools
 import math
 import os
 import shutil
@@ -26,59 +27,63 @@ GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has t
 # What a resumed run may change, and what it keeps from its checkpoint unless the flag is given again.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 MAY_DIFFER |= {"knn_every", "tensorboard", "compile"}
+COLUMNS = ["epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second", "seconds"]
+COLUMNS += ["knn_acc"]
 KEPT = ("precision", "tmax_for_cos_decay", "warm_start", "pirl_model_name", "cont_epoch")
 
 
 def parse_args(argv=None):
     parser = rh.Parser(__doc__.split("\n")[0])
     rh.add_run_arguments(parser, experiment="e1_resnet18_")
-    switch, between = rh.switch, rh.between
+    switch, number = rh.switch, rh.between
 
     add = parser.add_argument_group("images").add_argument
     add("--only-train", **switch(False), help="whether to train on all unlabelled images instead of 70 %%")
-    size = "side of the images in pixels; they are resized and cropped to it when they are read"
-    add("--image-size", type=between(int, 36, 224), default=96, help=size)
+    add(
+        "--image-size",
+        type=number(int, 36, 224),
+        default=96,
+        help="side in pixels to which images are resized and cropped",
+    )
     area = "smallest crop of an image view, as a fraction of the image area"
-    add("--crop-area", type=between(float, 0.01, 1), default=dh.CROP_AREA[0], help=area)
-    colour = "strength of the colour jitter of images and patches, 0 for none"
-    add("--colour-strength", type=between(float, 0, 2), default=dh.COLOUR_STRENGTH, help=colour)
+    add("--crop-area", type=number(float, 0.01, 1), default=dh.CROP_AREA[0], help=area)
+    add("--colour-strength", type=number(float, 0, 2), default=0.5, help="strength of the colour jitter, 0 for none")
 
     add = parser.add_argument_group("network").add_argument
     add("--model-type", choices=list(models.TRUNKS), default="res18", help="the trunk: ResNet-18, -34 or -50")
     stem = "the first convolution: 7 × 7 with stride 2, or 3 × 3 with stride 1"
     add("--stem", choices=["imagenet", "small"], default="imagenet", help=stem)
     add("--zero-init", **switch(True), help="whether every residual block starts as its shortcut")
-    head = "whether a ReLU and a further linear layer follow each head"
-    add("--non-linear-head", **switch(False), help=head)
-    add("--compile", **switch(False), help="whether to run torch.compile on the trunk and the augmentations")
+    add("--non-linear-head", **switch(False), help="whether a ReLU and a further linear layer follow each head")
+    add("--compile", **switch(False), help="whether to use torch.compile for the trunk and the augmentations")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce is the paper's equation 5")
     partner = "the vector that g(φ(I_t)) is pulled to: m_I of the memory bank, or f(φ(I)) of the same step"
     add("--positive", choices=["bank", "pair"], default="bank", help=partner)
-    add("--loss-weight", type=between(float, 0, 1), default=0.5, help="λ: the weight of the jigsaw term")
-    add("--temp-parameter", type=between(float, 0.01, 100), default=0.07, help="τ: the temperature")
+    add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the weight of the jigsaw term")
+    add("--temp-parameter", type=number(float, 0.01, 100), default=0.07, help="τ: the temperature")
     negatives = (
-        f"K: negatives from the bank; None is {DEFAULT_NEGATIVES}, or all other training images if there are fewer"
+        f"K: negatives from the bank; None is {DEFAULT_NEGATIVES}, or all other training images if these are fewer"
     )
-    add("--count-negatives", type=between(int, 1), help=negatives)
-    batch = "whether the f(φ(I)) of the batch's other images are negatives too"
-    add("--batch-negatives", **switch(True), help=batch)
-    add("--beta", type=between(float, 0, below=1), default=0.5, help="β: the weight of the past in the memory bank")
+    add("--count-negatives", type=number(int, 1), help=negatives)
+    fresh = "whether the f(φ(I)) of the batch's other images are negatives too"
+    add("--batch-negatives", **switch(True), help=fresh)
+    add("--beta", type=number(float, 0, 0.999), default=0.5, help="β: the weight of the past in the memory bank")
 
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", type=between(int, 1), default=128, help="images per step, of all ranks together")
-    add("--epochs", type=between(int, 1), default=100, help="passes over the training images")
-    add("--lr", type=between(float, 0, 100), default=0.2, help="peak learning rate of SGD with momentum 0.9")
-    add("--warmup-steps", type=between(int, 0), default=100, help="steps in which the learning rate rises from 0")
-    add("--tmax-for-cos-decay", type=between(int, 1), help="epochs until the learning rate reaches 0; None is --epochs")
-    add("--weight-decay", type=between(float, 0, 1), default=5e-4, help="weight decay of all weights")
-    add("--knn-every", type=between(int, 0), default=5, help="epochs between measurements of the features, 0 for none")
+    add("--batch-size", type=number(int, 1), default=128, help="images per step, of all ranks together")
+    add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
+    add("--lr", type=number(float, 0, 100), default=0.2, help="peak learning rate of SGD with momentum 0.9")
+    add("--warmup-steps", type=number(int, 0), default=100, help="steps in which the learning rate rises from 0")
+    add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the learning rate reaches 0; None is --epochs")
+    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights")
+    add("--knn-every", type=number(int, 0), default=5, help="epochs between measurements of the features, 0 for none")
     add("--tensorboard", **switch(False), help="whether to write a TensorBoard log too")
     warm = "whether to start from the weights of --pirl-model-name, or of the finished run of this name"
     add("--warm-start", **switch(False), help=warm)
     add("--pirl-model-name", help="with --warm-start: a file of weights, or a name in the weights folder")
-    add("--cont-epoch", type=between(int, 1), help="with --warm-start: the number of the first epoch; None is 1")
+    add("--cont-epoch", type=number(int, 1), help="with --warm-start: the number of the first epoch; None is 1")
     args = parser.parse_args(argv)
     if not args.warm_start and not args.resume and (args.pirl_model_name or args.cont_epoch):
         parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
@@ -92,20 +97,16 @@ def main():
     device = rh.choose_device(args)
     rh.join_ranks(device)
     experiment = rh.Experiment(args, "PIRL checkpoint")
-    checkpoint = experiment.start(MAY_DIFFER, KEPT, own_name=args.warm_start and not args.pirl_model_name)
+    own_name = args.warm_start and not args.pirl_model_name
+    checkpoint = experiment.start(lambda checkpoint: MAY_DIFFER, KEPT, own_name)
     settle(args, device, checkpoint)
-    images, train_count, checksum = dh.load_unlabelled(
-        args.data_dir, args.image_size, device, args.seed, args.only_train
-    )
-    check(args, images, train_count)
+    images, train_count, checksum = dh.load_unlabelled(args, device)
+    check(args, train_count)
     run = Pretraining(args, device, images, train_count)
     progress = rh.Progress(args, device, run.model, train_count, "epoch", ADVICE)
-
-    def save():
-        experiment.save({"images": checksum, "run": run.state_dict(), "progress": progress.state_dict()})
-
+    save = functools.partial(experiment.save, checksum, run, progress)
     if checkpoint:
-        rh.load_checkpoint(experiment.checkpoint, checkpoint, checksum, run, progress)
+        experiment.load(checkpoint, checksum, run, progress)
     elif args.warm_start:
         warm_start(run, progress, experiment)
         save()  # in the place of what an earlier run of this name has left
@@ -121,17 +122,10 @@ def main():
             progress.sums[progress.step] = run.step(index, draws, epoch, progress.step)
         (train_loss, train_acc), (val_loss, val_acc) = progress.means(), validate(run, draws, epoch)
         due = labelled and (epoch % args.knn_every == 0 or epoch == args.epochs)
-        row = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "train_acc": train_acc,
-            "val_acc": val_acc,
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "images_per_second": round(train_count / progress.seconds, 1),
-            "seconds": round(time.monotonic() - started, 2),
-            "knn_acc": neighbours(run, labelled) if due else None,
-        }
+        knn_acc, lr = neighbours(run, labelled) if due else None, run.optimizer.param_groups[0]["lr"]
+        speed, seconds = round(train_count / progress.seconds, 1), round(time.monotonic() - started, 2)
+        values = (epoch, train_loss, val_loss, train_acc, val_acc, lr, speed, seconds, knn_acc)
+        row = dict(zip(COLUMNS, values, strict=True))
         progress.finish_epoch(row)
         experiment.write_rows(progress.rows)
         report(row, args.epochs, writer)
@@ -139,9 +133,7 @@ def main():
     export(run, progress, experiment)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The loss --------------------------------------------------------------------------------------------------------
 
 
 def candidate_logits(u, w, negatives, hidden, temperature):
@@ -194,9 +186,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     return args.loss_weight * loss(logits_g) + (1 - args.loss_weight) * loss(logits_f), hits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 ADVICE = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
 
@@ -216,9 +206,8 @@ class Pretraining:
             self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         if args.compile:
             self.model.trunk.compile(dynamic=False)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
-        )
+        rates = {"lr": args.lr, "momentum": 0.9, "weight_decay": args.weight_decay}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **rates, fused=True)
         draw = rh.generator(device, args.seed, rh.BANK)
         vectors = torch.randn(len(images), models.VECTOR_SIZE, generator=draw, device=device)
         self.bank = MemoryBank(vectors, train_count, args.beta)
@@ -331,9 +320,7 @@ def neighbours(run, labelled):
     return models.neighbour_accuracy(features[search], labels[search], features[query], labels[query])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's beginning, its record and its end
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run's beginning, its record and its end ---------------------------------------------------------------------
 
 
 def settle(args, device, checkpoint):
@@ -341,40 +328,34 @@ def settle(args, device, checkpoint):
     args.precision = rh.choose_precision(args, device)
     args.cont_epoch = args.cont_epoch or 1
     if checkpoint and args.epochs > args.tmax_for_cos_decay:
-        print(
-            f"note: the learning rate is 0 after epoch {args.tmax_for_cos_decay}, as this run began, and stays there; "
-            f"--tmax-for-cos-decay {args.epochs} would make it a cosine of {args.epochs} epochs"
-        )
+        longer = f"--tmax-for-cos-decay {args.epochs} would make it a cosine of {args.epochs} epochs"
+        print(f"note: the learning rate is 0 from the end of epoch {args.tmax_for_cos_decay} on; {longer}")
     args.tmax_for_cos_decay = args.tmax_for_cos_decay or args.epochs
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        raise rh.UserError("--compile needs a C++ compiler and there is none: install g++, or leave --compile out")
+        raise rh.UserError("--compile needs a C++ compiler, and none was found: install g++, or leave --compile out")
 
 
-def check(args, images, train_count):
+def check(args, train_count):
     """Refuse numbers that do not go with the number of images or of ranks."""
+    ranks, size, others = rh.world_size(), args.batch_size, train_count - 1
     if train_count < 3:
-        raise rh.UserError(f"{len(images)} images are too few: add some, or use --only-train True")
-    ranks = rh.world_size()
-    if ranks > 1 and (args.batch_size % ranks or args.batch_size < 2 * ranks):
-        raise rh.UserError(
-            f"--batch-size {args.batch_size} does not give each of {ranks} ranks an equal share of two or more images: "
-            f"choose a multiple of {ranks}"
-        )
-    if args.batch_size > train_count:
-        raise rh.UserError(f"--batch-size {args.batch_size} is more than the {train_count} training images: lower it")
-    if (args.count_negatives or 0) > train_count - 1:
-        raise rh.UserError(
-            f"--count-negatives {args.count_negatives} is more than the {train_count - 1} other training images: "
-            "choose fewer, or leave it out to use them all"
-        )
+        raise rh.UserError(f"{train_count} training images are too few: add images, or use --only-train True")
+    if ranks > 1 and (size % ranks or size < 2 * ranks):
+        shares = f"{ranks} equal shares of two or more images"
+        raise rh.UserError(f"--batch-size {size} does not give {shares}: choose a multiple of {ranks}")
+    if size > train_count:
+        raise rh.UserError(f"--batch-size {size} is more than the {train_count} training images: choose a smaller one")
+    if (args.count_negatives or 0) > others:
+        more = f"--count-negatives {args.count_negatives} is more than the {others} other training images"
+        raise rh.UserError(f"{more}: choose fewer, or leave it out to use them all")
 
 
 def warm_start(run, progress, experiment):
     """Start from a file of weights, at --cont-epoch. Under the run's own name its CSV is continued."""
     args = run.args
     path, weights = models.read_weights(args.pirl_model_name or experiment.model, args.weights_dir)
-    parts = {name: getattr(run.model, name) for name in ("trunk", "head_f", "head_g")}
-    models.load_weights({name: part for name, part in parts.items() if name in weights}, weights, path)
+    parts = {name: getattr(run.model, name) for name in ("trunk", "head_f", "head_g") if name in weights}
+    models.load_weights(parts, weights, path)
     progress.epoch = args.cont_epoch
     if experiment.observations.exists():
         with rh.fitting(experiment.observations, "remove it, or choose another --experiment-name"):
@@ -392,24 +373,23 @@ def load_monitor(args, device):
             return images, labels, search.to(device), query.to(device)
         reason = f"{args.data_dir / 'train'} has too few images"
     except rh.UserError as error:
-        reason = str(error)
+        reason = error
     print(f"note: no nearest-neighbour accuracy will be measured: {reason}")
     return None
 
 
 def announce(run, progress):
     """Say what is about to be done."""
-    args, fewer = run.args, run.negatives < DEFAULT_NEGATIVES and not run.args.count_negatives
+    args, ranks = run.args, f", {run.ranks} ranks" if run.ranks > 1 else ""
+    side, spare = args.image_size, len(run.images) - run.train_count
+    all_others = " (all other training images)" if run.negatives == run.train_count - 1 else ""
+    epochs = f"epochs {progress.epoch} to {args.epochs}" if progress.epoch <= args.epochs else "all epochs are done"
     print(
-        f"{args.experiment_name}: PIRL, {args.model_type}, on {run.device.type} in {args.precision}, seed {args.seed}"
-        f"{f', {run.ranks} ranks' if run.ranks > 1 else ''}\n"
-        f"  {run.train_count} training images of {args.image_size} × {args.image_size} pixels, "
-        f"{len(run.images) - run.train_count} for validation, {run.epoch_steps} steps of {args.batch_size} per epoch\n"
-        f"  {run.negatives} negatives{' (all other training images)' if fewer else ''}, "
-        f"loss {args.loss} with positives of the {args.positive}, "
-        + (f"epochs {progress.epoch} to {args.epochs}" if progress.epoch <= args.epochs else "all epochs are done"),
-        flush=True,
+        f"{args.experiment_name}: PIRL, {args.model_type}, {run.device.type}, {args.precision}, seed {args.seed}{ranks}"
     )
+    print(f"  {run.train_count} training images of {side} × {side} pixels, {spare} for validation")
+    print(f"  {run.epoch_steps} steps of {args.batch_size} per epoch, {epochs}")
+    print(f"  {run.negatives} negatives{all_others}, loss {args.loss}, positives of the {args.positive}", flush=True)
 
 
 def report(row, epochs, writer):
@@ -430,29 +410,17 @@ def tensorboard_writer(experiment, epoch):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise rh.UserError("--tensorboard needs a package that is missing: pip install tensorboard") from None
-    folder = experiment.observations.with_name(f"{experiment.name}_tensorboard")
-    return SummaryWriter(folder, purge_step=epoch)
+    return SummaryWriter(experiment.observations.with_name(f"{experiment.name}_tensorboard"), purge_step=epoch)
 
 
 def export(run, progress, experiment):
     """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
-    if rh.rank():
-        return
-    parts = {"trunk": run.plain_trunk(), "head_f": run.model.head_f, "head_g": run.model.head_g}
-    rh.save_whole(
-        {
-            "kind": "PIRL weights",
-            **{name: rh.cpu_state(part) for name, part in parts.items()},
-            "settings": rh.settings_of(run.args),
-            "images": run.train_count,
-            "rows": progress.rows,
-            "machine": rh.machine(run.device),
-            "pixel_mean": dh.MEAN,
-            "pixel_std": dh.STD,
-        },
-        experiment.model,
-    )
-    print(f"wrote {experiment.model}, {experiment.checkpoint} and {experiment.observations}")
+    if rh.rank() == 0:
+        parts = {"trunk": run.plain_trunk(), "head_f": run.model.head_f, "head_g": run.model.head_g}
+        experiment.export(
+            parts, progress.rows, run.device, images=run.train_count, pixel_mean=dh.MEAN, pixel_std=dh.STD
+        )
+        print(f"wrote {experiment.model}, {experiment.checkpoint} and {experiment.observations}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(f"error: this is Python {platform.python_version()}: use Python 3.11, 3.12 or 3.13")
+    sys.exit("error: this is Python " + platform.python_version() + ": use Python 3.11, 3.12 or 3.13")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave their cores to other programs; read by torch
 
 import filelock
@@ -48,7 +47,7 @@ def run_script(main):
     except OSError as error:
         end(f"{error.filename or 'the system'}: {error.strerror or error}: solve this and run the command again")
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
             end(f"the memory is full ({reason}): choose a smaller --batch-size, --image-size or --model-type")
         if world_size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
@@ -65,9 +64,11 @@ def end(line, status=1):
     sys.exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks: the processes of one job, started by torchrun
-# ---------------------------------------------------------------------------------------------------------------------
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ---- Ranks: the processes of one job, started by torchrun ------------------------------------------------------------
 
 
 def rank():
@@ -97,14 +98,12 @@ def leave_ranks():
 def same_on_all_ranks(*numbers):
     """Refuse to begin if the ranks, on several nodes perhaps, have read other images or another checkpoint."""
     if world_size() > 1:
-        least = torch.tensor(numbers)
-        most = least.clone()
+        least, most = torch.tensor(numbers), torch.tensor(numbers)
         distributed.all_reduce(least, distributed.ReduceOp.MIN)
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
         if not least.equal(most):
             raise UserError(
-                "the ranks have read other images or checkpoints than one another: give a --data-dir and a "
-                "--weights-dir that all of them see"
+                "the ranks have read different files: give a --data-dir and --weights-dir that all of them see"
             )
 
 
@@ -120,18 +119,15 @@ def first_to_end():
         return rank() == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one line for a usage error."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        style = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False)
 
     def error(self, message):
         message = " ".join(message.splitlines())
@@ -150,17 +146,16 @@ def boolean(text):
     return words[text.lower()]
 
 
-def between(kind, low, high=10**9, below=math.inf):
-    """An argparse type: an int or a float within [low, high] and smaller than `below`."""
+def between(kind, low, high=10**9):
+    """An argparse type: an int or a float within [low, high]."""
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        if not (low <= value <= high and value < below):
-            bound = f"at most {high}" if below == math.inf else f"below {below}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and {bound}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
         return value
 
     return convert
@@ -186,8 +181,7 @@ def add_run_arguments(parser, experiment):
     add("--weights-dir", type=Path, default=Path("weights"), help="the folder for <experiment>.pt and .ckpt")
     add("--observations-dir", type=Path, default=Path("observations_dir"), help="the folder for tables and pictures")
     add("--resume", **switch(False), help="whether to go on from <experiment>.ckpt, if it exists")
-    minutes = "minutes between checkpoints within an epoch"
-    add("--checkpoint-minutes", type=between(float, 0), default=10.0, help=minutes)
+    add("--checkpoint-minutes", type=between(float, 0), default=10.0, help="minutes between checkpoints in an epoch")
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=between(int, 0, 2**32 - 1), default=0, help="the seed of all random numbers of the run")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a CUDA GPU if there is one")
@@ -202,9 +196,7 @@ def settings_of(args):
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and random numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Devices and random numbers --------------------------------------------------------------------------------------
 
 
 def choose_device(args):
@@ -244,9 +236,9 @@ def autocast(device, precision):
 
 def machine(device):
     """Where a run took place, for its record: plain strings and numbers."""
+    cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
@@ -268,9 +260,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(derived_seed(*key))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -311,7 +301,7 @@ def read_torch_file(path):
     except OSError:
         raise
     except Exception as error:  # arbitrary bytes make zipfile and the unpickler raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path} is damaged or was not written by torch.save ({reason}): use another copy") from None
 
 
@@ -323,15 +313,6 @@ def fitting(path, advice):
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit this run ({type(error).__name__}: {reason}): {advice}") from None
-
-
-def load_checkpoint(path, state, checksum, *parts):
-    """Put a checkpoint's "run" and "progress" into the two `parts`, if it is of images with this checksum."""
-    if state["images"] != checksum:
-        raise UserError(f"{path} is of other images than those in --data-dir: give the folder that it was made with")
-    with fitting(path, "use another copy"):
-        for name, part in zip(("run", "progress"), parts, strict=True):
-            part.load_state_dict(state[name])
 
 
 def cpu_state(module):
@@ -352,60 +333,68 @@ class Experiment:
         self.model = args.weights_dir / f"{self.name}.pt"
         self.checkpoint = args.weights_dir / f"{self.name}.ckpt"
         self.observations = args.observations_dir / f"{self.name}_observations.csv"
-        folders = {args.weights_dir.resolve(), args.observations_dir.resolve()} if rank() == 0 else ()
-        for folder in folders:
+        for folder in {args.weights_dir.resolve(), args.observations_dir.resolve()} if rank() == 0 else ():
             folder.mkdir(parents=True, exist_ok=True)
             self.locks.append(filelock.FileLock(folder / f".{self.name}.run.lock", timeout=0))
             try:
                 self.locks[-1].acquire()  # until the process ends, however it ends
             except filelock.Timeout:
-                raise UserError(
-                    f"another process is running the experiment {self.name}: wait for it, or choose another "
-                    "--experiment-name"
-                ) from None
+                raise UserError(f"another process is running {self.name}: choose another --experiment-name") from None
 
-    def start(self, may_differ=(), kept=(), own_name=False):
+    def start(self, may_differ, kept, own_name=False):
         """The checkpoint to go on from, or None for a new run. Refuses other settings, and a name that is taken.
 
-        may_differ: names of arguments that a resumed run may change, or a function of the checkpoint that gives them.
-        kept: arguments that have the checkpoint's value unless the user gives them. own_name: a new run may replace
-        the files of this name.
+        may_differ: a function of the checkpoint, giving the arguments that may differ from those that it was made with.
+        kept: those that have the checkpoint's value unless the user gives them. own_name: a new run may replace the
+        files of this name.
         """
+        other = "choose another --experiment-name"
         files = [file for file in (self.checkpoint, self.model, self.observations) if file.exists()]
         if not (self.args.resume and self.checkpoint.exists()):
             if files and rank() == 0 and not own_name:
                 way = f"{self.checkpoint} is gone" if self.args.resume else "go on with it by --resume True"
-                raise UserError(
-                    f"the name {self.name} is taken ({files[0]}): {way}, or choose another --experiment-name"
-                )
+                raise UserError(f"the name {self.name} is taken ({files[0]}): {way}, or {other}")
             if self.args.resume:
                 print(f"there is no {self.checkpoint} yet: starting from the beginning")
             return None
         state = read_torch_file(self.checkpoint)
-        if not isinstance(state, dict) or state.get("kind") != self.kind:
-            raise UserError(f"{self.checkpoint} is no {self.kind}: choose another --experiment-name")
-        then = state["settings"]
+        with fitting(self.checkpoint, other):
+            if state["kind"] != self.kind:
+                raise ValueError(f"it is a {state['kind']}, not a {self.kind}")
+            then, free = state["settings"], may_differ(state)
         for name in kept:
             if getattr(self.args, name) in (None, False, "auto"):
-                setattr(self.args, name, then[name])
-        free = {*(may_differ(state) if callable(may_differ) else may_differ), *kept}
+                setattr(self.args, name, then.get(name))
         changed = {
             name: f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
             for name, value in settings_of(self.args).items()
             if then.get(name) != value
         }
-        if differ := [text for name, text in changed.items() if name not in free]:
-            raise UserError(
-                f"{self.checkpoint} was made with other settings ({'; '.join(differ)}): use the same, or choose "
-                "another --experiment-name"
-            )
+        if differ := [text for name, text in changed.items() if name not in {*free, *kept}]:
+            differ = "; ".join(differ)
+            raise UserError(f"{self.checkpoint} was made with other settings ({differ}): use the same, or {other}")
         print("\n".join([f"going on from {self.checkpoint}", *(f"note: {changed[n]}" for n in kept if n in changed)]))
         return state
 
-    def save(self, state):
+    def load(self, state, checksum, run, progress):
+        """Put a checkpoint's content where it belongs, if it is of images with this checksum."""
+        with fitting(self.checkpoint, "use another copy"):
+            if state["images"] != checksum:
+                raise UserError(f"{self.checkpoint} is of other images: give the --data-dir that it was made with")
+            run.load_state_dict(state["run"])
+            progress.load_state_dict(state["progress"])
+
+    def save(self, checksum, run, progress, **more):
         """Write the checkpoint."""
         if rank() == 0:
-            save_whole({"kind": self.kind, "settings": settings_of(self.args), **state}, self.checkpoint)
+            state = {"kind": self.kind, "settings": settings_of(self.args), "images": checksum, **more}
+            save_whole({**state, "run": run.state_dict(), "progress": progress.state_dict()}, self.checkpoint)
+
+    def export(self, parts, rows, device, **more):
+        """Write the finished model: the state dicts of its parts, and how they came about."""
+        record = {"settings": settings_of(self.args), "rows": rows, "machine": machine(device), **more}
+        kind = self.kind.replace("checkpoint", "weights")
+        save_whole({"kind": kind, **{name: cpu_state(part) for name, part in parts.items()}, **record}, self.model)
 
     def write_rows(self, rows):
         """All epochs so far, a dict each, as the CSV."""
@@ -416,17 +405,15 @@ class Experiment:
                 writer.writerows(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# While it runs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- While it runs ---------------------------------------------------------------------------------------------------
 
 
 class Lines:
     """Where tqdm writes when standard error is no terminal: each state of a bar is a line of standard output."""
 
     def write(self, text):
-        if text.strip("\r\n "):
-            print(text.strip("\r\n "), flush=True)
+        if text.strip():
+            print(text.strip(), flush=True)
 
     def flush(self):
         pass
@@ -448,13 +435,11 @@ class Progress:
 
     def __init__(self, args, device, model, images, title, advice):
         """images: how many an epoch visits. title: what the bar says. advice: against a loss that is not finite."""
-        self.args, self.device, self.model, self.images, self.title, self.advice = (
-            *(args, device, model, images, title, advice),
-        )
+        self.args, self.device, self.model = args, device, model
+        self.images, self.title, self.advice = images, title, advice
         self.epoch, self.step, self.seconds, self.rows = 1, 0, 0.0, []
         self.sums = torch.zeros(math.ceil(images / args.batch_size), 2, device=device)
-        self.signal = self.noted = None
-        self.saved = time.monotonic()
+        self.signal, self.noted, self.saved = 0, None, time.monotonic()
 
     def state_dict(self):
         return {name: getattr(self, name) for name in ("epoch", "step", "seconds", "rows", "sums")}
@@ -477,8 +462,8 @@ class Progress:
                 yield index
                 self.step += 1
                 bar.update(len(index))
-                now = time.monotonic()
-                self.seconds, at_end = now - begun, self.step == len(batches)
+                now, at_end = time.monotonic(), self.step == len(batches)
+                self.seconds = now - begun
                 stop, due = self.agreed(now - self.saved >= 60 * (min(minutes, 1) if at_end else minutes), at_end)
                 if stop or due:
                     self.means()
@@ -500,11 +485,11 @@ class Progress:
                 signal.signal(number, handler)
 
     def note(self, number, frame):
-        """A signal asks the loop to stop after its step; another one, two seconds later, ends the process at once.
+        """A signal asks the loop to stop after its step; one that comes two seconds later ends the process at once.
 
         (Before that it is the same request: a rank gets it from the scheduler and from the launcher.)
         """
-        if self.signal is None:
+        if not self.signal:
             self.signal, self.noted = number, time.monotonic()
         elif time.monotonic() - self.noted > 2:
             signal.signal(number, signal.SIG_DFL)
@@ -512,15 +497,14 @@ class Progress:
 
     def agreed(self, due, at_end):
         """(number of a signal or 0, whether rank 0 wants a checkpoint): the same on all ranks."""
-        flags = [self.signal or 0, due and rank() == 0]
+        if world_size() == 1:
+            return self.signal, due
         # On GPUs the ranks ask one another at every 16th step only: their hosts need not run in step.
-        if world_size() > 1:
-            if self.device.type == "cuda" and self.step % 16 and not at_end:
-                return 0, False
-            flags = torch.tensor(flags, dtype=torch.int32)
-            distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-            flags = flags.tolist()
-        return flags
+        if self.device.type == "cuda" and self.step % 16 and not at_end:
+            return 0, False
+        flags = torch.tensor([self.signal, due and rank() == 0], dtype=torch.int32)
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+        return flags.tolist()
 
     def means(self):
         """(mean loss, share of hits) of the epoch so far. Ends the run if a loss or a weight is not finite."""
@@ -531,9 +515,8 @@ class Progress:
         if bad:
             file = self.args.weights_dir / f"{self.args.experiment_name}.ckpt"
             kept = f"the last checkpoint, {file}, is good" if file.exists() else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss is not finite in {self.title} {self.epoch}, step {bad[0] + 1}: {self.advice} ({kept})"
-            )
+            where = f"{self.title} {self.epoch}, step {bad[0] + 1}"
+            raise UserError(f"the loss is not finite in {where}: {self.advice} ({kept})")
         return (done.double().sum(0) / min(self.step * self.args.batch_size, self.images)).tolist()
 
     def finish_epoch(self, row):
@@ -541,13 +524,3 @@ class Progress:
         self.rows.append(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
-
-
-def check_space(folder, needed):
-    """Refuse to begin what will write `needed` bytes to a folder's disk."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} has {free / 1e6:.0f} MB of free disk, and {needed / 1e6:.0f} MB will be written: make room, or "
-            "choose another folder"
-        )

@@ -6,6 +6,7 @@
 Without --pirl-model-name the trunk starts at random: the baseline that shows what pretraining brought.
 """
 
+import functools
 import shlex
 import statistics
 import sys
@@ -86,16 +87,12 @@ def main():
     args.precision = rh.choose_precision(args, device)
     run = FineTuning(args, device, path, weights)
     progress = rh.Progress(args, device, run.model, len(run.train), "whole network, epoch", "lower --full-lr")
-
-    def save():
-        state = {"images": run.checksum, "classes": run.classes, "run": run.state_dict()}
-        experiment.save({**state, "progress": progress.state_dict()})
-
+    save = functools.partial(experiment.save, run.checksum, run, progress, classes=run.classes)
     if checkpoint:
-        rh.load_checkpoint(experiment.checkpoint, checkpoint, run.checksum, run, progress)
+        experiment.load(checkpoint, run.checksum, run, progress)
     if run.begun and "full" not in run.results and not args.full_fine_tune:
         raise rh.UserError(f"{experiment.checkpoint} is from within the full stage: add --full-fine-tune True")
-    announce(run, progress)
+    announce(run)
     if "softmax" not in run.results:
         progress.rows += train_softmax_layer(run)
         save()
@@ -111,16 +108,10 @@ def main():
         run.keep_best(epoch, validation)
         progress.finish_epoch(row)
         experiment.write_rows(progress.rows)
-        print(
-            f"whole network, epoch {epoch}/{args.full_epochs}: loss {train[0]:.4f}, accuracy {train[1]:.2%}, "
-            f"validation loss {validation[0]:.4f}, accuracy {validation[1]:.2%}, {row['images_per_second']} images/s",
-            flush=True,
-        )
+        result = "whole network, epoch {}/{}: loss {:.4f}, accuracy {:.2%}, validation loss {:.4f}, accuracy {:.2%}"
+        print(result.format(epoch, args.full_epochs, *train, *validation), flush=True)
     if args.full_fine_tune and "full" not in run.results:
-        run.use_best()
-        run.seconds["full"] = sum(
-            len(run.train) / row["images_per_second"] for row in progress.rows if row["stage"] == "full"
-        )
+        run.use_best(progress.rows)
         save()
     report(run, progress, experiment)
 
@@ -140,12 +131,11 @@ class FineTuning:
         kind = "PIRL" if weights.get("settings") else "torchvision"
         self.trunk_name = f"{kind} trunk ({path})" if weights else "random trunk"
         folder = args.data_dir / "train"
-        self.images, self.labels, classes, checksum = dh.load_labelled(folder, args.image_size, device)
-        self.checksum, self.test_images, self.test_labels = [checksum], None, None
-        if (args.data_dir / "test").is_dir():
-            test = dh.load_labelled(args.data_dir / "test", args.image_size, device, classes)
-            self.test_images, self.test_labels, _, checksum = test
-            self.checksum.append(checksum)
+        self.images, self.labels, classes, self.checksum = dh.load_labelled(folder, args.image_size, device)
+        self.test_images, self.test_labels, test = None, None, args.data_dir / "test"
+        if test.is_dir():
+            test = dh.load_labelled(test, args.image_size, device, classes)
+            self.test_images, self.test_labels, self.checksum = *test[:2], self.checksum + test[3]
         self.train, self.validation = (part.to(device) for part in dh.stratified_split(self.labels.cpu(), args.seed))
         if len(self.validation) == 0:
             raise rh.UserError(f"{folder} has too few images per class to set 16 % apart for validation: add some")
@@ -185,7 +175,8 @@ class FineTuning:
         return batch_sums(logits, self.labels[index], loss)
 
     def features(self, images, flip=False):
-        return models.trunk_features(self.model.trunk, images, self.args.batch_size, flip)
+        """Features [N, d] of images uint8 [N, 3, S, S], by default as they are; None of None."""
+        return None if images is None else models.trunk_features(self.model.trunk, images, self.args.batch_size, flip)
 
     @torch.no_grad()
     def predictions(self, features):
@@ -200,16 +191,17 @@ class FineTuning:
         return (batch_sums(logits, labels, F.cross_entropy(logits, labels)) / len(labels)).tolist()
 
     def keep_best(self, epoch, validation):
+        """Note the weights if they are the best so far, and let the schedule look at the loss."""
         loss, accuracy = validation
         self.schedule.step(loss)
         if accuracy > self.best["val_acc"]:
             self.best = {"val_acc": accuracy, "epoch": epoch, "model": rh.cpu_state(self.model)}
 
-    def use_best(self):
+    def use_best(self, rows):
         """End the full stage with the weights of its best epoch."""
         self.model.load_state_dict(self.best["model"])
-        test = None if self.test_images is None else self.features(self.test_images)
-        self.results["full"] = (self.best["val_acc"], self.test_accuracy(test))
+        self.results["full"] = (self.best["val_acc"], self.test_accuracy(self.features(self.test_images)))
+        self.seconds["full"] = sum(len(self.train) / row["images_per_second"] for row in rows if row["stage"] == "full")
 
     def test_accuracy(self, features):
         """Accuracy on the test images, given their features; None without test images."""
@@ -228,23 +220,19 @@ def read_folds(data_dir, count, device):
         return [fold.to(device) for fold in folds]
 
 
-def announce(run, progress):
+def announce(run):
     """Say what is about to be done."""
-    args, steps = run.args, len(progress.sums)
-    tests = f"{len(run.test_images)} test images" if run.test_images is not None else "no test images"
+    args, side, full = run.args, run.args.image_size, run.args.full_epochs if run.args.full_fine_tune else "no"
+    tests = 0 if run.test_images is None else len(run.test_images)
     print(
-        f"{args.experiment_name}: {args.model_type}, {run.trunk_name}, on {run.device.type} in {args.precision}, seed "
-        f"{args.seed}\n  {len(run.train)} training images of {len(run.classes)} classes, {len(run.validation)} for "
-        f"validation and {tests}, of {args.image_size} × {args.image_size} pixels\n  {args.epochs} epochs of {steps} "
-        f"steps for the softmax layer"
-        f"{f', then {args.full_epochs} for the whole network' if args.full_fine_tune else ''}",
-        flush=True,
+        f"{args.experiment_name}: {args.model_type}, {run.trunk_name}, {run.device.type}, {args.precision}, seed {args.seed}"
     )
+    print(f"  {len(run.classes)} classes, images of {side} × {side} pixels: {len(run.train)} to train on, ", end="")
+    print(f"{len(run.validation)} for validation, {tests} to test")
+    print(f"  {args.epochs} epochs for the softmax layer, {full} epochs for the whole network", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Only the softmax layer, on features that are computed once
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Only the softmax layer, on features that are computed once ------------------------------------------------------
 
 
 def train_softmax_layer(run):
@@ -254,7 +242,7 @@ def train_softmax_layer(run):
     """
     started = time.monotonic()
     features = torch.stack([run.features(run.images, flip) for flip in (False, True)])  # [2, N, d]
-    test = None if run.test_images is None else run.features(run.test_images)
+    test = run.features(run.test_images)
     known = features[0, run.train], run.labels[run.train]
     run.results["neighbours"] = (
         models.neighbour_accuracy(*known, features[0, run.validation], run.labels[run.validation]),
@@ -352,29 +340,14 @@ def row_of(stage, epoch, train, validation, optimizer, images_per_second):
     return dict(zip(COLUMNS, values, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The report ------------------------------------------------------------------------------------------------------
 
 
 def report(run, progress, experiment):
     """Write <experiment>.pt and the pictures, print the table and append it to results.md."""
     parts = {"trunk": run.model.trunk, "softmax_layer": run.model.softmax_layer}
-    rh.save_whole(
-        {
-            "kind": "labelled weights",
-            **{name: rh.cpu_state(part) for name, part in parts.items()},
-            "classes": run.classes,
-            "settings": rh.settings_of(run.args),
-            "results": run.results,
-            "seconds": run.seconds,
-            "rows": progress.rows,
-            "machine": rh.machine(run.device),
-            "pixel_mean": dh.MEAN,
-            "pixel_std": dh.STD,
-        },
-        experiment.model,
-    )
+    more = {"classes": run.classes, "results": run.results, "seconds": run.seconds}
+    experiment.export(parts, progress.rows, run.device, **more, pixel_mean=dh.MEAN, pixel_std=dh.STD)
     images, labels = run.test_images, run.test_labels
     if images is None:
         images, labels = run.images[run.validation], run.labels[run.validation]

@@ -1,15 +1,15 @@
 import math
 
+import run_helpers as rh
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from run_helpers import generator
 
 import dataset_helpers as dh
 
 
 def draws(count, columns, seed=0):
-    return torch.rand(count, columns, generator=generator("cpu", seed))
+    return torch.rand(count, columns, generator=rh.generator("cpu", seed))
 
 
 def to_unit(view):
@@ -21,7 +21,7 @@ VIEWS = [(dh.image_view, dh.IMAGE_VIEW_DRAWS), (dh.labelled_view, dh.LABELLED_VI
 
 @pytest.mark.parametrize(("view", "columns"), VIEWS)
 def test_views_differ_within_a_batch_and_do_not_depend_on_it(view, columns):
-    image = torch.rand(3, 96, 96, generator=generator("cpu", 1)) * 255
+    image = torch.rand(3, 96, 96, generator=rh.generator("cpu", 1)) * 255
     images, rows = image.repeat(8, 1, 1, 1), draws(8, columns)
     together = view(images, rows)
     for i in range(8):
@@ -80,7 +80,7 @@ def colours(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
 
 def gentle():
     """Colours in the middle of the range, where nothing is clipped."""
-    return 80 + 90 * torch.rand(2, 3, 16, 16, generator=generator("cpu", 3))
+    return 80 + 90 * torch.rand(2, 3, 16, 16, generator=rh.generator("cpu", 3))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_hue_is_near_torchvision_s_in_the_colour_plane():
     assert torch.cosine_similarity(mine, theirs, dim=0) > 0.7
 
 
-@pytest.mark.parametrize(("strength", "turn", "factors"), [((), 0.05, (0.8, 1.2)), ((1, 0.1), 0.1, (0.6, 1.4))])
+@pytest.mark.parametrize(("strength", "turn", "factors"), [((), 0.05, (0.8, 1.2)), ((1,), 0.1, (0.6, 1.4))])
 def test_jitter_parameters_are_those_that_are_documented(strength, turn, factors):
     brightness, contrast, saturation, hue = dh.jitter(draws(20000, 6, seed=4), *strength)
     kept = (brightness == 1) & (contrast == 1) & (hue == 0)
@@ -139,6 +139,12 @@ def test_jitter_parameters_are_those_that_are_documented(strength, turn, factors
         assert factor.min() == pytest.approx(factors[0], abs=0.01)
         assert factor.max() == pytest.approx(factors[1], abs=0.01)
     assert hue.abs().max() == pytest.approx(turn * 2 * math.pi, abs=0.01)
+
+
+def test_with_strength_0_all_images_keep_their_colours():
+    brightness, contrast, saturation, hue = dh.jitter(draws(1000, 6, seed=4), 0)
+    assert (torch.stack([brightness, contrast, saturation]) == 1).all()
+    assert (hue == 0).all()
 
 
 def test_labelled_view_turns_about_the_middle():

@@ -1,8 +1,8 @@
 import math
 
+import run_helpers as rh
 import pytest
 import torch
-from run_helpers import generator
 
 import jigsaw
 from dataset_helpers import CROP_ASPECT, MEAN, STD, crop_box
@@ -10,7 +10,7 @@ from jigsaw import JIGSAW_DRAWS, jigsaw_view, patch_places, patch_sizes
 
 
 def draws(count, seed=0):
-    return torch.rand(count, JIGSAW_DRAWS, generator=generator("cpu", seed))
+    return torch.rand(count, JIGSAW_DRAWS, generator=rh.generator("cpu", seed))
 
 
 def without_colour(rows, whole_image=False):

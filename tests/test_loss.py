@@ -161,15 +161,3 @@ def test_the_default_loss_cannot_be_solved_by_age(loss):
     if loss == "modified-nce":
         alike = jigsaw_term(positive="pair", batch_negatives=True)  # the batch alone is left to tell apart
         torch.testing.assert_close(alike, torch.full((4,), math.log(4)), rtol=1e-4, atol=0)
-
-
-def test_nothing_to_compare_with_gives_no_gradient():
-    """In the first step of --bank-start visited every negative is hidden."""
-    f, g = torch.randn(3, 128, requires_grad=True), torch.randn(3, 128, requires_grad=True)
-    hidden = torch.ones(3, 6, dtype=torch.bool)
-    for loss in LOOPS:
-        value, hits = pirl_loss(f, g, unit(3, 128).float(), unit(6, 128).float(), hidden, settings(loss))
-        gradients = torch.autograd.grad(value.sum(), (f, g))
-        assert value.abs().max() < 1e-5
-        assert not hits.any()
-        assert all(gradient.isfinite().all() and gradient.abs().max() < 1e-5 for gradient in gradients)

@@ -52,7 +52,7 @@ def image_files(folder):
 
 def read_image(path, side):
     """An image file of any size and mode as uint8 [3, side, side] RGB: resized to the shorter side, centre-cropped."""
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+    with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits; convert() would clip instead of scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -65,10 +65,9 @@ def load_images(files, side, device, what):
     need, free = len(files) * 3 * side**2, free_memory(device)
     if need > free:
         fits = math.isqrt(int(free) // (3 * len(files)))
-        raise rh.UserError(
-            f"{len(files)} images of {side} × {side} pixels take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
-            + (f"use --image-size {fits} or smaller" if fits >= 36 else "use fewer images")
-        )
+        advice = f"use --image-size {fits} or smaller" if fits >= 36 else "use fewer images"
+        sizes = f"{side} × {side} pixels take {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+        raise rh.UserError(f"{len(files)} images of {sizes}: {advice}")
     images, bad = np.empty((len(files), 3, side, side), np.uint8), []
 
     def read(row):
@@ -78,7 +77,8 @@ def load_images(files, side, device, what):
             bad.append(f"{files[row]} ({error})")
         bar.update()
 
-    with rh.progress_bar(len(files), f"reading {what}", " images") as bar, ThreadPoolExecutor() as pool:
+    bar = rh.progress_bar(len(files), f"reading {what}", " images")
+    with warnings.catch_warnings(action="ignore"), bar, ThreadPoolExecutor() as pool:
         list(pool.map(read, range(len(files))))
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -126,7 +126,10 @@ def load_labelled(folder, side, device, classes=None):
     classes = classes or names
     found = [(file, classes.index(name)) for name in names for file in image_files(folder / name)]
     if len(classes) < 2:
-        raise rh.UserError(f"{folder} holds no folders of images, one for each of two or more classes: add them")
+        raise rh.UserError(
+            f"{folder} does not hold a folder of images for each of two or more classes: add them, or run "
+            "stl10_data_load.py"
+        )
     found.sort(key=lambda pair: (natural(pair[0].name), pair[1]))
     images, checksum = load_images([file for file, _ in found], side, device, folder.name)
     labels = np.array([label for _, label in found])

@@ -22,7 +22,7 @@ def parse_args(argv=None):
     add("--model", required=True, help=model)
     add("--images", type=Path, required=True, help="the folder of images; its folders are searched too")
     out = "features.npz with names, features, classes and probabilities, or predictions.csv"
-    add("--out", type=rh.file_to_write, default=Path("features.npz"), help=out)
+    add("--out", type=Path, default=Path("features.npz"), help=out)
     add("--weights-dir", type=Path, default=Path("weights"), help="the weights folder")
     size = "side of the images in pixels; None is that of the training"
     add("--image-size", type=rh.between(int, 36, 224), help=size)

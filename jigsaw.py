@@ -82,7 +82,7 @@ def main():
     parser = rh.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder with the folder unlabelled")
-    add("--out", type=rh.file_to_write, default=Path("jigsaw.png"), help="the picture to write")
+    add("--out", type=Path, default=Path("jigsaw.png"), help="the picture to write")
     add("--images", type=rh.between(int, 1, 100), default=4, help="how many images to show")
     add("--seed", type=rh.between(int, 0, 2**32 - 1), default=0, help="the seed of the crops, colours and orders")
     args = parser.parse_args()

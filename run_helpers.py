@@ -98,10 +98,9 @@ def leave_ranks():
 def same_on_all_ranks(*numbers):
     """Refuse to begin if the ranks, on several nodes perhaps, have read other images or another checkpoint."""
     if world_size() > 1:
-        least, most = torch.tensor(numbers), torch.tensor(numbers)
-        distributed.all_reduce(least, distributed.ReduceOp.MIN)
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        if not least.equal(most):
+        of_all = [None] * world_size()
+        distributed.all_gather_object(of_all, numbers)
+        if len(set(of_all)) > 1:
             raise UserError(
                 "the ranks have read different files: give a --data-dir and --weights-dir that all of them see"
             )
@@ -149,16 +148,13 @@ def boolean(text):
 def between(kind, low, high=10**9):
     """An argparse type: an int or a float within [low, high]."""
 
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+    def number(text):  # argparse shows this name
+        value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
         return value
 
-    return convert
+    return number
 
 
 def experiment_name(text):
@@ -235,15 +231,12 @@ def autocast(device, precision):
 
 
 def machine(device):
-    """Where a run took place, for its record: plain strings and numbers."""
-    cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "python": platform.python_version(),
-    }
+    """Where a run takes place, as a line for its record."""
+    cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return (
+        f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
+    )
 
 
 # One independent stream of random numbers per purpose.

@@ -3,6 +3,7 @@
 python stl10_data_load.py        # downloads 2.6 GB unless the raw files are there
 """
 
+import contextlib
 import gzip
 import http.client
 import json
@@ -60,8 +61,11 @@ def main():
         print(f"{args.data_dir} holds these images already: nothing to do")
         return
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    written = sum(file.stat().st_size for file in args.data_dir.rglob("*.png"))
-    rh.check_space(args.data_dir, sum(counts.values()) * IMAGE_BYTES - written)  # PNGs are a little smaller
+    need = sum(counts.values()) * IMAGE_BYTES - sum(file.stat().st_size for file in args.data_dir.rglob("*.png"))
+    free = shutil.disk_usage(args.data_dir).free  # PNGs are a little smaller than raw images
+    if need > free:
+        sizes = f"{free / 1e6:.0f} MB of free disk, and {need / 1e6:.0f} MB will be written"
+        raise rh.UserError(f"{args.data_dir} has {sizes}: make room, or choose another folder")
     print(f"these files are {'the STL-10 release' if is_release(raw) else 'not the STL-10 release'}")
     for split in SPLITS:
         write_split(raw, args.data_dir, split)
@@ -135,15 +139,10 @@ def extract(archive, raw):
     part.mkdir(parents=True)
     print(f"unpacking {archive}")
 
-    def checked(member, path):
-        if not (member.isfile() or member.isdir()) or member.name.startswith("/"):  # the library lets some of them pass
-            raise tarfile.FilterError(f"{member.name} is a link, a device or an absolute path")
-        return tarfile.data_filter(member, path)
-
     try:
         with gzip.open(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                tar.extractall(part, filter=checked)
+                tar.extractall(part, filter="data")
             while stream.read(2**20):  # to the end, where gzip keeps its checksum
                 pass
     except tarfile.FilterError as error:
@@ -215,15 +214,13 @@ def write_split(raw, data_dir, split):
 
 def write_png(path, pixels):
     """pixels uint8 [96, 96, 3] under `path`, whole or not at all, unless it is there already."""
-    if path.is_file():
-        try:
-            same = (read_image(path, STL10_SIDE).transpose(1, 2, 0) == pixels).all()
-        except Exception:  # cut short by a crash: written anew
-            same = None
-        if same:
-            return
-        if same is not None:
+    there = None
+    with contextlib.suppress(Exception):  # it does not exist, or a crash has cut it short
+        there = read_image(path, STL10_SIDE).transpose(1, 2, 0)
+    if there is not None:
+        if not (there == pixels).all():
             raise rh.UserError(f"{path} shows something else than the raw file: choose another --data-dir")
+        return
     part = path.with_suffix(".part")
     Image.fromarray(np.ascontiguousarray(pixels)).save(part, "PNG", compress_level=1)  # 1: as small as 6, twice as fast
     os.replace(part, path)

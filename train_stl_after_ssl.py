@@ -69,7 +69,7 @@ def parse_args(argv=None):
     folds = "whether to train the softmax layer on each fold of fold_indices.txt too"
     add("--folds", **switch(False), help=folds)
     picture = "a picture to write: test images with the nearest training images"
-    add("--neighbours", type=rh.file_to_write, help=picture)
+    add("--neighbours", type=Path, help=picture)
     args = parser.parse_args(argv)
     args.full_epochs = args.full_epochs or args.epochs
     return args

@@ -5,7 +5,6 @@ is a row of numbers, uniform in [0, 1): a function of (seed, epoch, image), what
 """
 
 import contextlib
-import functools
 import math
 import re
 import warnings
@@ -178,14 +177,14 @@ LABELLED_VIEW_DRAWS = CROP_DRAWS + 3
 
 CROP_AREA = (0.2, 1.0)  # of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width to height
-BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors from 1 − x to 1 + x, at strength 1
+COLOUR_RANGE = 0.4  # brightness, contrast and saturation are factors from 1 − x to 1 + x, at strength 1
 COLOUR_STRENGTH = 0.5
 HUE = 0.1  # of a full turn, either way, at strength 1
 JITTER_SHARE = 0.8  # of the images; the others keep their colours
 GRAY_SHARE = 0.2
 
-LUMA = (0.299, 0.587, 0.114)
-YIQ = ((*LUMA,), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # luma and two axes of colour
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # luma and two axes of colour
+CONSTANTS = {}  # of colour_constants(), by device
 
 
 def image_view(images, draws, least_area=CROP_AREA[0], strength=COLOUR_STRENGTH):
@@ -195,10 +194,7 @@ def image_view(images, draws, least_area=CROP_AREA[0], strength=COLOUR_STRENGTH)
     least_area: of the crop, as a fraction of the image's; strength: see jitter().
     """
     crop, flip, colour = draws.split([CROP_DRAWS, 1, COLOUR_DRAWS], 1)
-    side = images.shape[-1]
-    pixels = torch.arange(side, device=images.device)
-    columns = torch.where(flip < 0.5, pixels, pixels.flip(0))
-    y, x = crop_coordinates(crop_box(crop, side, (least_area, CROP_AREA[1]), CROP_ASPECT), pixels[None], columns, side)
+    y, x = whole_crop(crop, flip, images.shape[-1], (least_area, CROP_AREA[1]))
     return recolour(sample(images, y[:, None, :, None], x[:, None, None, :]), *jitter(colour, strength))
 
 
@@ -208,53 +204,52 @@ def labelled_view(images, draws):
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 7] -> [B, 3, S, S] float32, normalised, channels-last.
     """
     crop, flip, angle, light = draws.split([CROP_DRAWS, 1, 1, 1], 1)
-    side = images.shape[-1]
-    pixels = torch.arange(side, device=images.device)
-    columns = torch.where(flip < 0.5, pixels, pixels.flip(0))
-    y, x = crop_coordinates(crop_box(crop, side, (0.6, 1.0), CROP_ASPECT), pixels[None], columns, side)
-    middle, angle = (side - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None]
+    y, x = whole_crop(crop, flip, images.shape[-1], (0.6, 1.0))
+    middle, angle = (images.shape[-1] - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None]
     y, x = y[:, :, None] - middle, x[:, None, :] - middle
     y, x = y * angle.cos() + x * angle.sin(), x * angle.cos() - y * angle.sin()
     one = torch.ones_like(light[:, 0])
-    return recolour(
-        sample(images, (y + middle)[:, None], (x + middle)[:, None]), 0.6 + 0.8 * light[:, 0], one, one, 0 * one
-    )
+    view = sample(images, (y + middle)[:, None], (x + middle)[:, None])
+    return recolour(view, 0.6 + 0.8 * light[:, 0], one, one, 0 * one)
 
 
-def crop_box(draws, side, area, aspect):
-    """A box of random area (a share of side²), aspect ratio (log-uniform) and place that fits inside the image.
+def crop_box(draws, side, area):
+    """A box of random area (a fraction of side²), aspect ratio (log-uniform) and place that fits inside the image.
 
-    draws [B, 4] -> (top, left, height, width), each [B, 1] in pixels, real numbers.
+    draws [B, 4] -> (corner, size), each [B, 2], vertical and horizontal, in pixels, real numbers.
     """
-    u_area, u_aspect, u_top, u_left = draws.split(1, 1)
-    pixels = (area[0] + (area[1] - area[0]) * u_area) * side**2
-    ratio = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * u_aspect).exp()
+    pixels = draws[:, :1] * ((area[1] - area[0]) * side**2) + area[0] * side**2
+    ratio = (draws[:, 1:2] * math.log(CROP_ASPECT[1] / CROP_ASPECT[0]) + math.log(CROP_ASPECT[0])).exp()
     width = (pixels * ratio).sqrt().clamp(max=side).maximum(pixels / side)  # else the height would not fit
-    height = pixels / width
-    return u_top * (side - height), u_left * (side - width), height, width
+    size = torch.cat([pixels / width, width], 1)
+    return draws[:, 2:] * (side - size), size
 
 
-def crop_coordinates(box, rows, columns, side):
-    """Where the pixels (rows, columns) of the crop, once resized to side × side, lie in the image it was cut from.
+def crop_coordinates(corner, size, pixels, side):
+    """Where pixels of the crop, once resized to side × side, lie in the image it was cut from.
 
-    box: four [B, 1]; rows and columns broadcast against them; returns (y, x) in the image's pixels. What would lie
-    outside the crop by up to half a pixel takes the crop's edge, as when the crop is cut out first.
+    corner and size [B, …, 2, 1]; pixels, whole numbers, broadcast against them, rows and columns in the dimension of 2;
+    so does the result. What would lie outside the crop by up to half a pixel takes the crop's edge, as when the crop is
+    cut out first.
     """
-    top, left, height, width = box
-    y = (rows + 0.5) * (height / side) - 0.5
-    x = (columns + 0.5) * (width / side) - 0.5
-    return top + y.minimum(height - 1).clamp(min=0), left + x.minimum(width - 1).clamp(min=0)
+    inside = (pixels + 0.5) * (size / side) - 0.5
+    return corner + inside.minimum(size - 1).clamp(min=0)
+
+
+def whole_crop(draws, flip, side, area):
+    """(y, x), each [B, S]: where the rows and the columns of a random crop lie; for half of `flip` [B, 1] mirrored."""
+    corner, size = crop_box(draws, side, area)
+    pixels = torch.arange(side, device=draws.device)
+    y, x = crop_coordinates(corner[..., None], size[..., None], pixels, side).unbind(1)
+    return y, torch.where(flip < 0.5, x, x.flip(1))
 
 
 def sample(images, y, x):
     """Bilinear samples of images [B, 3, S, S] at (y, x), in pixels, broadcast to [B, R, H, W] -> [B·R, 3, H, W]."""
     side = images.shape[-1]
     grid = torch.stack(torch.broadcast_tensors(x, y), -1) * (2 / side) + (1 / side - 1)  # to grid_sample's −1 … 1
-    regions = grid.shape[1]
     sampled = F.grid_sample(images, grid.flatten(1, 2), padding_mode="border", align_corners=False)
-    if regions == 1:
-        return sampled
-    return sampled.unflatten(2, (regions, -1)).transpose(1, 2).flatten(0, 1)
+    return sampled.unflatten(2, (grid.shape[1], -1)).transpose(1, 2).flatten(0, 1)
 
 
 def jitter(draws, strength=COLOUR_STRENGTH):
@@ -263,13 +258,11 @@ def jitter(draws, strength=COLOUR_STRENGTH):
     strength multiplies how far the first three may go from 1, and how far colours may turn. With strength 0 all images
     keep their colours, grayscale included.
     """
-    brightness, contrast, saturation, turn, kept, gray = draws.unbind(1)
-    jittered = (kept < JITTER_SHARE).to(draws.dtype)
-    brightness = 1 + jittered * (strength * BRIGHTNESS) * (2 * brightness - 1)
-    contrast = 1 + jittered * (strength * CONTRAST) * (2 * contrast - 1)
-    saturation = 1 + jittered * (strength * SATURATION) * (2 * saturation - 1)
-    turn = jittered * (strength * HUE * 2 * math.pi) * (2 * turn - 1)
-    return brightness, contrast, saturation * (gray >= (GRAY_SHARE if strength else 0)), turn
+    kept, gray = draws[:, 4:5], draws[:, 5]
+    change = (2 * draws[:, :4] - 1) * (kept < JITTER_SHARE)
+    brightness, contrast, saturation = (change[:, :3] * (strength * COLOUR_RANGE) + 1).unbind(1)
+    saturation = saturation * (gray >= (GRAY_SHARE if strength else 0))
+    return brightness, contrast, saturation, change[:, 3] * (strength * HUE * 2 * math.pi)
 
 
 def recolour(images, brightness, contrast, saturation, hue):
@@ -281,36 +274,38 @@ def recolour(images, brightness, contrast, saturation, hue):
 
     images [N, 3, H, W] in 0 … 255, parameters [N] -> [N, 3, H, W] normalised, channels-last.
     """
-    luma, to_gray, colour, quarter_turn, mean, std = colour_constants(images.device)
-    turn = hue.cos()[:, None, None] * colour + hue.sin()[:, None, None] * quarter_turn
-    matrix = (brightness * contrast / 255)[:, None, None] * (to_gray + saturation[:, None, None] * turn)
-    mean_gray = images.mean((2, 3)) @ luma
-    offset = (brightness * (1 - contrast) / 255 * mean_gray)[:, None]
-    coloured = torch.baddbmm(((offset - mean) / std)[..., None], matrix / std[:, None], images.flatten(2)).view_as(
-        images
-    )
-    limits = [((bound - mean) / std)[:, None, None] for bound in (0, 1)]
-    return coloured.clamp_(*limits).contiguous(memory_format=torch.channels_last)
+    parts, luma, scale, low, high = colour_constants(images.device)
+    scaled = brightness * contrast
+    vivid = scaled * saturation
+    matrix = torch.stack([scaled, vivid * hue.cos(), vivid * hue.sin()], 1) @ parts
+    offset = torch.addcmul(low, ((brightness - scaled) * (images.mean((2, 3)) @ luma))[:, None, None], scale)
+    coloured = torch.baddbmm(offset, matrix.view(-1, 3, 3), images.flatten(2)).clamp_(low, high)
+    return coloured.view_as(images).contiguous(memory_format=torch.channels_last)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # which a functools.cache around it would hide from torch.compile
 def colour_constants(device):
-    """(luma weights [3], RGB → gray, RGB → colour part, that part turned by 90° (each [3, 3]), mean [3], std [3])."""
-    yiq = torch.tensor(YIQ)
-    luma, to_gray = yiq[0], yiq[0].expand(3, 3)
-    quarter_turn = torch.linalg.inv(yiq) @ torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yiq
-    constants = (luma, to_gray, torch.eye(3) - to_gray, quarter_turn, torch.tensor(MEAN), torch.tensor(STD))
-    return tuple(constant.to(device) for constant in constants)
+    """What recolour() multiplies by, to normalised from RGB in 0 … 255.
+
+    parts [3, 9]: the matrices RGB → gray, → colour part, → that part turned by 90°; luma [3]: RGB → mean gray;
+    scale, low, high [3, 1]: 1 / STD, and black and white once they are normalised.
+    """
+    if device in CONSTANTS:
+        return CONSTANTS[device]
+    yiq, mean, std = torch.tensor(YIQ), torch.tensor(MEAN)[:, None], torch.tensor(STD)[:, None]
+    to_gray, turn = yiq[0].expand(3, 3), torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    parts = torch.stack([to_gray, torch.eye(3) - to_gray, torch.linalg.inv(yiq) @ turn @ yiq]) / std / 255
+    constants = (parts.flatten(1), yiq[0] / 255, 1 / std, -mean / std, (1 - mean) / std)
+    return CONSTANTS.setdefault(device, [constant.to(device) for constant in constants])
 
 
 def normalised(images):
     """uint8 [B, 3, S, S] -> float32, normalised, channels-last: an image as evaluation sees it."""
-    *_, mean, std = colour_constants(images.device)
-    view = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
-    return view.contiguous(memory_format=torch.channels_last)
+    *_, scale, low, _ = colour_constants(images.device)
+    return (images / 255 * scale[..., None] + low[..., None]).contiguous(memory_format=torch.channels_last)
 
 
 def pixels_of(views):
     """The inverse of normalised(): float [N, 3, H, W] -> RGB in 0 … 1."""
-    *_, mean, std = colour_constants(views.device)
-    return views * std[:, None, None] + mean[:, None, None]
+    *_, scale, low, _ = colour_constants(views.device)
+    return (views - low[..., None]) / scale[..., None]

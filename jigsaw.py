@@ -28,15 +28,13 @@ def patch_places(offset_draws, order_draws, side):
     """Where the nine patches lie in the resized crop, in the order in which they are presented.
 
     offset_draws [B, 9, 2], order_draws [B, 9] -> permutation [B, 9] int64 (the cell shown at each place, row by row,
-    uniform over the 9! orders), rows and columns [B, 9, P] int64: whole pixels within their cell.
+    uniform over the 9! orders), pixels [B, 9, 2, P]: the whole rows and columns of each patch, within its cell.
     """
     cell, patch = patch_sizes(side)
     permutation = order_draws.argsort(1)
-    offset = (offset_draws * (cell - patch + 1)).long()
-    pixels = torch.arange(patch, device=offset_draws.device)
-    rows = (permutation // GRID * cell + offset[..., 0])[..., None] + pixels
-    columns = (permutation % GRID * cell + offset[..., 1])[..., None] + pixels
-    return permutation, rows, columns
+    cells = torch.stack([permutation // GRID, permutation % GRID], 2)
+    corners = cells * cell + (offset_draws * (cell - patch + 1)).floor()
+    return permutation, corners[..., None] + torch.arange(patch, device=offset_draws.device)
 
 
 def jigsaw_view(images, draws, strength=dh.COLOUR_STRENGTH):
@@ -48,9 +46,9 @@ def jigsaw_view(images, draws, strength=dh.COLOUR_STRENGTH):
     """
     side = images.shape[-1]
     crop, offsets, colours, order = draws.split([dh.CROP_DRAWS, CELLS * 2, CELLS * dh.COLOUR_DRAWS, CELLS], 1)
-    _, rows, columns = patch_places(offsets.unflatten(1, (CELLS, 2)), order, side)
-    box = [edge[..., None] for edge in dh.crop_box(crop, side, PRETEXT_CROP_AREA, dh.CROP_ASPECT)]
-    y, x = dh.crop_coordinates(box, rows, columns, side)
+    _, pixels = patch_places(offsets.unflatten(1, (CELLS, 2)), order, side)
+    corner, size = (edge[:, None, :, None] for edge in dh.crop_box(crop, side, PRETEXT_CROP_AREA))
+    y, x = dh.crop_coordinates(corner, size, pixels, side).unbind(2)
     patches = dh.sample(images, y[..., :, None], x[..., None, :])
     return dh.recolour(patches, *dh.jitter(colours.reshape(-1, dh.COLOUR_DRAWS), strength))
 
@@ -61,10 +59,7 @@ def jigsaw_view(images, draws, strength=dh.COLOUR_STRENGTH):
 def picture(images, draws):
     """A row per image: the image, its crop with the grid, the nine patches as presented. RGB in 0 … 1, [3, H, W]."""
     side, zoom = images.shape[-1], 2
-    pixels = torch.arange(side)[None]
-    y, x = dh.crop_coordinates(
-        dh.crop_box(draws[:, : dh.CROP_DRAWS], side, PRETEXT_CROP_AREA, dh.CROP_ASPECT), pixels, pixels, side
-    )
+    y, x = dh.whole_crop(draws[:, : dh.CROP_DRAWS], torch.zeros(len(draws), 1), side, PRETEXT_CROP_AREA)
     crops = dh.sample(images, y[:, None, :, None], x[:, None, None, :]) / 255
     cell, patch = patch_sizes(side)
     for line in (cell, 2 * cell):

@@ -33,16 +33,27 @@ class SmallMapConv2d(nn.Conv2d):
     touch the map are multiplied: the same function of the same weights [out, in, 3, 3], up to 9 times less work.
     """
 
+    @staticmethod
+    def adopt(convolution):
+        """Give an nn.Conv2d this forward; its parameters and its state dict stay as they are."""
+        convolution.__class__ = SmallMapConv2d
+        # The output at (a, b) of a 2 × 2 map sees pixel (y, x) by the tap (y − a + 1, x − b + 1).
+        places = range(0, 2, convolution.stride[0])
+        taps = [3 * (y - a + 1) + x - b + 1 for a in places for b in places for y in (0, 1) for x in (0, 1)]
+        convolution.register_buffer("taps", torch.tensor(taps), persistent=False)
+        return convolution
+
     def forward(self, x):  # [B, in, S, S] -> [B, out, S', S'], S' = ⌈S / stride⌉
-        side, stride = x.shape[3], self.stride[0]
+        side = x.shape[3]
         if side > 2 or x.shape[2] != side:
             return super().forward(x)
-        # The output at (a, b) sees the whole map, by the taps from 1 − a down and from 1 − b right.
-        places = range(0, side, stride)
-        taps = [self.weight[:, :, 1 - a : 1 - a + side, 1 - b : 1 - b + side] for a in places for b in places]
-        matrix = torch.stack(taps).permute(0, 1, 3, 4, 2).reshape(-1, side * side * self.in_channels)
-        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)
-        return y.view(len(x), len(places), len(places), self.out_channels).permute(0, 3, 1, 2)
+        if side == 1:
+            matrix = self.weight[:, :, 1, 1]
+        else:
+            matrix = self.weight.flatten(2).index_select(2, self.taps).unflatten(2, (-1, 4))  # [out, in, S'·S', 4]
+            matrix = matrix.permute(2, 0, 3, 1).reshape(-1, 4 * self.in_channels)
+        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix).unflatten(1, (-1, self.out_channels))
+        return y.unflatten(1, (-(-side // self.stride[0]), -1)).permute(0, 3, 1, 2)
 
 
 def make_trunk(model_type, stem="imagenet", zero_init=True):
@@ -61,7 +72,7 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     for module in trunk.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.padding == (1, 1):
-            module.__class__ = SmallMapConv2d  # another forward for the same parameters
+            SmallMapConv2d.adopt(module)
     return trunk, dimension
 
 

@@ -139,30 +139,30 @@ def main():
 def candidate_logits(u, w, negatives, hidden, temperature):
     """[s(u, w), s(w, m_1), …, s(w, m_K)] / τ: the positive and the negatives among which it is to be found.
 
-    u, w [B, 128] and negatives [C, 128] are unit vectors, hidden [B, C] is True where m_k is no negative of that
-    image: its logit is −∞. Returns [B, 1 + C]. (C is K + 1 and more: see MemoryBank.draw_negatives.)
+    u, w [..., B, 128] and negatives [C, 128] are unit vectors, hidden [B, C] is True where m_k is no negative of that
+    image: its logit is −∞. Returns [..., B, 1 + C]. (C is K + 1 and more: see MemoryBank.draw_negatives.)
     """
-    positive = (u * w).sum(1, keepdim=True)
+    positive = (u * w).sum(-1, keepdim=True)
     against_bank = (w @ negatives.T).masked_fill(hidden, -math.inf)
-    return torch.cat([positive, against_bank], 1) / temperature
+    return torch.cat([positive, against_bank], -1) / temperature
 
 
 def modified_nce(logits):
-    """−log h(u, w): the negative log probability of the positive, column 0 (equation 4). [B, 1 + K] -> [B]."""
-    return -F.log_softmax(logits, 1)[:, 0]
+    """−log h(u, w): the negative log probability of the positive, column 0 (equation 4). [..., 1 + K] -> [...]."""
+    return -F.log_softmax(logits, -1)[..., 0]
 
 
 def nce(logits):
-    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + K] -> [B].
+    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [..., 1 + K] -> [...].
 
     h(w, m_k) is the probability of column k. Where that is near 1, 1 − h is lost to rounding; only the largest can be,
     and for it log(1 − h) is the log-sum-exp of the other columns less that of all.
     """
-    log_h = F.log_softmax(logits, 1)
-    top = log_h.argmax(1, keepdim=True)
-    log_not_top = logits.scatter(1, top, -math.inf).logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
-    log_not = torch.log1p(-log_h.scatter(1, top, -math.inf).exp()).scatter(1, top, log_not_top)
-    return -log_h[:, 0] - log_not[:, 1:].sum(1)
+    log_h = F.log_softmax(logits, -1)
+    top = log_h.argmax(-1, keepdim=True)
+    others, whole = logits.scatter(-1, top, -math.inf).logsumexp(-1, True), logits.logsumexp(-1, True)
+    log_not = torch.log1p(-log_h.scatter(-1, top, -math.inf).exp()).scatter(-1, top, others - whole)
+    return -log_h[..., 0] - log_not[..., 1:].sum(-1)
 
 
 def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fresh=None):
@@ -173,17 +173,16 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     negatives: f(φ(I)) [B', 128] of a whole batch, and which row is the image itself [B, B'] bool. Returns the loss [B]
     and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
     """
-    f, g = F.normalize(image_vectors.float(), dim=1), F.normalize(patch_vectors.float(), dim=1)
     from_bank = slice(1, 1 + len(negatives))
     if fresh is not None:
         negatives = torch.cat([negatives, F.normalize(fresh[0].float(), dim=1)])
         hidden = torch.cat([hidden, fresh[1]], 1)
-    loss = {"modified-nce": modified_nce, "nce": nce}[args.loss]
-    partner = memory if args.positive == "bank" else f
-    logits_g = candidate_logits(partner, g, negatives, hidden, args.temp_parameter)
-    logits_f = candidate_logits(memory, f, negatives, hidden, args.temp_parameter)
-    hits = (memory * g).sum(1) / args.temp_parameter > logits_g[:, from_bank].amax(1)
-    return args.loss_weight * loss(logits_g) + (1 - args.loss_weight) * loss(logits_f), hits
+    g, f = vectors = F.normalize(torch.stack([patch_vectors, image_vectors]).float(), dim=2)
+    partners = torch.stack([memory if args.positive == "bank" else f, memory])
+    logits = candidate_logits(partners, vectors, negatives, hidden, args.temp_parameter)  # [2, B, 1 + C]
+    jigsaw_term, image_term = {"modified-nce": modified_nce, "nce": nce}[args.loss](logits)
+    hits = (memory * g).sum(1) / args.temp_parameter > logits[0, :, from_bank].amax(1) + 1e-4  # a tie is no hit
+    return args.loss_weight * jigsaw_term + (1 - args.loss_weight) * image_term, hits
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -204,8 +203,10 @@ class Pretraining:
         self.model = self.network = model.to(device, memory_format=torch.channels_last)
         if self.ranks > 1:  # each rank normalises its own share of a batch
             self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.views = views
         if args.compile:
             self.model.trunk.compile(dynamic=False)
+            self.views = torch.compile(views, dynamic=False)
         rates = {"lr": args.lr, "momentum": 0.9, "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.SGD(self.model.parameters(), **rates, fused=True)
         draw = rh.generator(device, args.seed, rh.BANK)
@@ -245,16 +246,14 @@ class Pretraining:
         args, shares = self.args, index.tensor_split(self.ranks)
         share = shares[rh.rank()]
         mine = share if len(share) else index[:1]  # all ranks take part in the step; this one's part will not count
-        images = self.images.index_select(0, mine).float()
-        image_draws, jigsaw_draws = draws.index_select(0, mine).split([dh.IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
-        view = dh.image_view(images, image_draws, args.crop_area, args.colour_strength)
-        patches = jigsaw_view(images, jigsaw_draws, args.colour_strength)
+        images, draws = self.images.index_select(0, mine), draws.index_select(0, mine)
         # Compiled code serves the steps of full size; the few others would each need a compilation of their own.
         full = self.model.training and len(index) == args.batch_size
         network = self.network if self.model.training else self.model
-        stance = torch.compiler.set_stance("default" if full else "force_eager")
-        with stance, rh.autocast(self.device, args.precision):
-            image_vectors, patch_vectors = network(view, patches)
+        with torch.compiler.set_stance("default" if full else "force_eager"):
+            view, patches = self.views(images, draws, args.crop_area, args.colour_strength)
+            with rh.autocast(self.device, args.precision):
+                image_vectors, patch_vectors = network(view, patches)
         all_vectors = image_vectors.float()
         if self.ranks > 1:
             all_vectors = gathered(all_vectors[: len(share)], sum(map(len, shares[: rh.rank()])), len(index))
@@ -278,6 +277,12 @@ class Pretraining:
         """A copy of the trunk with the batch-norm statistics of whole training images as they are: what users get."""
         images = self.images[: min(self.train_count, STATISTICS_IMAGES)]
         return models.plain_statistics(self.model.trunk, images, self.args.batch_size)
+
+
+def views(images, draws, crop_area, strength):
+    """Both views of images uint8 [B, 3, S, S] by random numbers [B, 96]: [B, 3, S, S] and [B·9, 3, P, P]."""
+    images, (image_draws, jigsaw_draws) = images.float(), draws.split([dh.IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
+    return dh.image_view(images, image_draws, crop_area, strength), jigsaw_view(images, jigsaw_draws, strength)
 
 
 def gathered(vectors, first, count):

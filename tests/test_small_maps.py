@@ -25,7 +25,7 @@ def both(convolution, x):
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
 def test_equals_conv2d_in_outputs_and_gradients(side, stride, layout):
     torch.manual_seed(0)
-    convolution = SmallMapConv2d(5, 7, 3, stride, 1, bias=False).double().to(memory_format=layout)
+    convolution = SmallMapConv2d.adopt(nn.Conv2d(5, 7, 3, stride, 1, bias=False)).double().to(memory_format=layout)
     x = torch.randn(3, 5, side, side, dtype=torch.float64).contiguous(memory_format=layout)
     for mine, theirs in zip(*both(convolution, x), strict=True):
         assert mine.shape == theirs.shape
@@ -35,7 +35,7 @@ def test_equals_conv2d_in_outputs_and_gradients(side, stride, layout):
 def test_bf16_gradients_are_those_of_float32():
     """torch 2.11 on CPUs gives arbitrary ones for a convolution of stride 2 on a map of 1 × 1."""
     torch.manual_seed(0)
-    convolution, x = SmallMapConv2d(64, 64, 3, 2, 1, bias=False), torch.randn(288, 64, 1, 1)
+    convolution, x = SmallMapConv2d.adopt(nn.Conv2d(64, 64, 3, 2, 1, bias=False)), torch.randn(288, 64, 1, 1)
     (_, *expected), _ = both(convolution, x)
     with torch.autocast("cpu", torch.bfloat16):
         (_, *mine), _ = both(convolution, x)

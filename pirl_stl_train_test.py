@@ -27,8 +27,8 @@ GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has t
 # What a resumed run may change, and what it keeps from its checkpoint unless the flag is given again.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 MAY_DIFFER |= {"knn_every", "tensorboard", "compile"}
-COLUMNS = ["epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second", "seconds"]
-COLUMNS += ["knn_acc"]
+COLUMNS = ["epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second"]
+COLUMNS += ["seconds", "knn_acc"]
 KEPT = ("precision", "tmax_for_cos_decay", "warm_start", "pirl_model_name", "cont_epoch")
 
 
@@ -36,41 +36,31 @@ def parse_args(argv=None):
     parser = rh.Parser(__doc__.split("\n")[0])
     rh.add_run_arguments(parser, experiment="e1_resnet18_")
     switch, number = rh.switch, rh.between
-
     add = parser.add_argument_group("images").add_argument
     add("--only-train", **switch(False), help="whether to train on all unlabelled images instead of 70 %%")
-    add(
-        "--image-size",
-        type=number(int, 36, 224),
-        default=96,
-        help="side in pixels to which images are resized and cropped",
-    )
-    area = "smallest crop of an image view, as a fraction of the image area"
-    add("--crop-area", type=number(float, 0.01, 1), default=dh.CROP_AREA[0], help=area)
+    add("--image-size", type=number(int, 36, 224), default=96, help="the side of the images in pixels, once read")
+    add("--crop-area", type=number(float, 0.01, 1), default=0.2, help="smallest crop, as a fraction of the image area")
     add("--colour-strength", type=number(float, 0, 2), default=0.5, help="strength of the colour jitter, 0 for none")
-
     add = parser.add_argument_group("network").add_argument
-    add("--model-type", choices=list(models.TRUNKS), default="res18", help="the trunk: ResNet-18, -34 or -50")
-    stem = "the first convolution: 7 × 7 with stride 2, or 3 × 3 with stride 1"
-    add("--stem", choices=["imagenet", "small"], default="imagenet", help=stem)
+    add("--model-type", choices=[*models.TRUNKS], default="res18", help="the trunk: ResNet-18, -34 or -50")
+    add(
+        "--stem", choices=["imagenet", "small"], default="imagenet", help="small: first a 3 × 3 convolution of stride 1"
+    )
     add("--zero-init", **switch(True), help="whether every residual block starts as its shortcut")
     add("--non-linear-head", **switch(False), help="whether a ReLU and a further linear layer follow each head")
     add("--compile", **switch(False), help="whether to use torch.compile for the trunk and the augmentations")
-
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce is the paper's equation 5")
-    partner = "the vector that g(φ(I_t)) is pulled to: m_I of the memory bank, or f(φ(I)) of the same step"
-    add("--positive", choices=["bank", "pair"], default="bank", help=partner)
+    add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the weight of the jigsaw term")
     add("--temp-parameter", type=number(float, 0.01, 100), default=0.07, help="τ: the temperature")
-    negatives = (
-        f"K: negatives from the bank; None is {DEFAULT_NEGATIVES}, or all other training images if these are fewer"
+    add(
+        "--count-negatives",
+        type=number(int, 1),
+        help=f"K, from the bank; None is {DEFAULT_NEGATIVES}, or all others if fewer",
     )
-    add("--count-negatives", type=number(int, 1), help=negatives)
-    fresh = "whether the f(φ(I)) of the batch's other images are negatives too"
-    add("--batch-negatives", **switch(True), help=fresh)
+    add("--batch-negatives", **switch(True), help="whether the f(φ(I)) of the batch's other images are negatives too")
     add("--beta", type=number(float, 0, 0.999), default=0.5, help="β: the weight of the past in the memory bank")
-
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=number(int, 1), default=128, help="images per step, of all ranks together")
     add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
@@ -80,8 +70,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights")
     add("--knn-every", type=number(int, 0), default=5, help="epochs between measurements of the features, 0 for none")
     add("--tensorboard", **switch(False), help="whether to write a TensorBoard log too")
-    warm = "whether to start from the weights of --pirl-model-name, or of the finished run of this name"
-    add("--warm-start", **switch(False), help=warm)
+    add("--warm-start", **switch(False), help="whether to start from --pirl-model-name, or this name's finished model")
     add("--pirl-model-name", help="with --warm-start: a file of weights, or a name in the weights folder")
     add("--cont-epoch", type=number(int, 1), help="with --warm-start: the number of the first epoch; None is 1")
     args = parser.parse_args(argv)
@@ -342,17 +331,17 @@ def settle(args, device, checkpoint):
 
 def check(args, train_count):
     """Refuse numbers that do not go with the number of images or of ranks."""
-    ranks, size, others = rh.world_size(), args.batch_size, train_count - 1
+    size, negatives, ranks = args.batch_size, args.count_negatives or 0, rh.world_size()
     if train_count < 3:
         raise rh.UserError(f"{train_count} training images are too few: add images, or use --only-train True")
     if ranks > 1 and (size % ranks or size < 2 * ranks):
-        shares = f"{ranks} equal shares of two or more images"
-        raise rh.UserError(f"--batch-size {size} does not give {shares}: choose a multiple of {ranks}")
+        raise rh.UserError(f"--batch-size {size} does not give {ranks} ranks two images or more each: use a multiple")
     if size > train_count:
         raise rh.UserError(f"--batch-size {size} is more than the {train_count} training images: choose a smaller one")
-    if (args.count_negatives or 0) > others:
-        more = f"--count-negatives {args.count_negatives} is more than the {others} other training images"
-        raise rh.UserError(f"{more}: choose fewer, or leave it out to use them all")
+    if negatives > train_count - 1:
+        raise rh.UserError(
+            f"--count-negatives {negatives} is more than the {train_count - 1} other images: choose fewer"
+        )
 
 
 def warm_start(run, progress, experiment):
@@ -374,13 +363,11 @@ def load_monitor(args, device):
     try:
         images, labels, *_ = dh.load_labelled(args.data_dir / "train", args.image_size, device)
         search, query = dh.stratified_split(labels.cpu(), args.seed)
-        if len(query):
-            return images, labels, search.to(device), query.to(device)
-        reason = f"{args.data_dir / 'train'} has too few images"
+        if len(query) == 0:
+            raise rh.UserError(f"{args.data_dir / 'train'} has too few images per class: add some")
+        return images, labels, search.to(device), query.to(device)
     except rh.UserError as error:
-        reason = error
-    print(f"note: no nearest-neighbour accuracy will be measured: {reason}")
-    return None
+        print(f"note: no nearest-neighbour accuracy will be measured: {error}")
 
 
 def announce(run, progress):

@@ -125,10 +125,8 @@ def load_labelled(folder, side, device, classes=None):
     classes = classes or names
     found = [(file, classes.index(name)) for name in names for file in image_files(folder / name)]
     if len(classes) < 2:
-        raise rh.UserError(
-            f"{folder} does not hold a folder of images for each of two or more classes: add them, or run "
-            "stl10_data_load.py"
-        )
+        needs = "images of two or more classes, each in a folder"
+        raise rh.UserError(f"{folder} holds no images, or of one class: add {needs}, or run stl10_data_load.py first")
     found.sort(key=lambda pair: (natural(pair[0].name), pair[1]))
     images, checksum = load_images([file for file, _ in found], side, device, folder.name)
     labels = np.array([label for _, label in found])

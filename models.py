@@ -163,10 +163,8 @@ def read_weights(name, weights_dir):
             for key, value in state["run"]["model"].items():
                 part, rest = key.split(".", 1)
                 state.setdefault(part, {})[rest] = value
-        return path, {key: state[key] for key in (*PARTS, "classes") if key in state} | {
-            "trunk": state["trunk"],
-            "settings": state["settings"],
-        }
+        known = {key: state[key] for key in (*PARTS, "classes", "rows") if key in state}
+        return path, known | {"trunk": state["trunk"], "settings": dict(state["settings"])}
 
 
 def load_weights(modules, weights, path):

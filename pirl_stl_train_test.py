@@ -3,7 +3,6 @@
 python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 --experiment-name exp
 """
 
-import csv
 import functools
 import math
 import os
@@ -24,6 +23,7 @@ from memory_bank import MemoryBank
 DEFAULT_NEGATIVES = 6400
 STATISTICS_IMAGES = 4096  # at most so many training images for the exported batch-norm statistics
 GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
+ADVICE = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
 # What a resumed run may change, and what it keeps from its checkpoint unless the flag is given again.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
 MAY_DIFFER |= {"knn_every", "tensorboard", "compile"}
@@ -176,8 +176,6 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-ADVICE = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
-
 
 class Pretraining:
     """Network, optimiser and memory bank, and a step of training with them."""
@@ -244,8 +242,10 @@ class Pretraining:
             with rh.autocast(self.device, args.precision):
                 image_vectors, patch_vectors = network(view, patches)
         all_vectors = image_vectors.float()
-        if self.ranks > 1:
-            all_vectors = gathered(all_vectors[: len(share)], sum(map(len, shares[: rh.rank()])), len(index))
+        if self.ranks > 1:  # those of all ranks, in the batch's order; gradients flow back to each
+            first = sum(map(len, shares[: rh.rank()]))
+            others = (0, 0, first, len(index) - first - len(share))
+            all_vectors = all_reduce(F.pad(all_vectors[: len(share)], others))
         draw = rh.generator(self.device, args.seed, rh.NEGATIVES, *step_key)  # the same negatives on all ranks
         negatives, hidden = self.bank.draw_negatives(mine, self.negatives, draw)
         fresh = (all_vectors, mine[:, None] == index) if args.batch_negatives else None
@@ -272,14 +272,6 @@ def views(images, draws, crop_area, strength):
     """Both views of images uint8 [B, 3, S, S] by random numbers [B, 96]: [B, 3, S, S] and [B·9, 3, P, P]."""
     images, (image_draws, jigsaw_draws) = images.float(), draws.split([dh.IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
     return dh.image_view(images, image_draws, crop_area, strength), jigsaw_view(images, jigsaw_draws, strength)
-
-
-def gathered(vectors, first, count):
-    """The rows of all ranks' shares of a batch, in the batch's order, on every rank. Gradients flow back to each.
-
-    vectors [b, 128] of this rank, which are the rows from `first` on of the whole [count, 128].
-    """
-    return all_reduce(F.pad(vectors, (0, 0, first, count - first - len(vectors))))
 
 
 def learning_rate(args, epoch, step, steps):
@@ -345,17 +337,14 @@ def check(args, train_count):
 
 
 def warm_start(run, progress, experiment):
-    """Start from a file of weights, at --cont-epoch. Under the run's own name its CSV is continued."""
+    """Start from a file of weights, at --cont-epoch. Under the run's own name its record is continued."""
     args = run.args
     path, weights = models.read_weights(args.pirl_model_name or experiment.model, args.weights_dir)
     parts = {name: getattr(run.model, name) for name in ("trunk", "head_f", "head_g") if name in weights}
     models.load_weights(parts, weights, path)
     progress.epoch = args.cont_epoch
-    if experiment.observations.exists():
-        with rh.fitting(experiment.observations, "remove it, or choose another --experiment-name"):
-            with open(experiment.observations, newline="", encoding="utf-8") as file:
-                rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-            progress.rows = [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] < progress.epoch]
+    if not args.pirl_model_name:
+        progress.rows = [row for row in weights.get("rows", []) if row["epoch"] < progress.epoch]
 
 
 def load_monitor(args, device):

@@ -326,9 +326,9 @@ class Experiment:
         self.model = args.weights_dir / f"{self.name}.pt"
         self.checkpoint = args.weights_dir / f"{self.name}.ckpt"
         self.observations = args.observations_dir / f"{self.name}_observations.csv"
-        for folder in {args.weights_dir.resolve(), args.observations_dir.resolve()} if rank() == 0 else ():
-            folder.mkdir(parents=True, exist_ok=True)
-            self.locks.append(filelock.FileLock(folder / f".{self.name}.run.lock", timeout=0))
+        for folder in {*map(os.path.realpath, (args.weights_dir, args.observations_dir))} if rank() == 0 else ():
+            os.makedirs(folder, exist_ok=True)
+            self.locks.append(filelock.FileLock(f"{folder}/.{self.name}.run.lock", timeout=0))
             try:
                 self.locks[-1].acquire()  # until the process ends, however it ends
             except filelock.Timeout:
@@ -354,7 +354,7 @@ class Experiment:
         with fitting(self.checkpoint, other):
             if state["kind"] != self.kind:
                 raise ValueError(f"it is a {state['kind']}, not a {self.kind}")
-            then, free = state["settings"], may_differ(state)
+            then, free = dict(state["settings"]), may_differ(state)
         for name in kept:
             if getattr(self.args, name) in (None, False, "auto"):
                 setattr(self.args, name, then.get(name))

@@ -224,11 +224,11 @@ def announce(run):
     """Say what is about to be done."""
     args, side, full = run.args, run.args.image_size, run.args.full_epochs if run.args.full_fine_tune else "no"
     tests = 0 if run.test_images is None else len(run.test_images)
+    print(f"{args.experiment_name}: {args.model_type}, {run.trunk_name}")
     print(
-        f"{args.experiment_name}: {args.model_type}, {run.trunk_name}, {run.device.type}, {args.precision}, seed {args.seed}"
+        f"  {run.device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes of images in {args.data_dir}"
     )
-    print(f"  {len(run.classes)} classes, images of {side} × {side} pixels: {len(run.train)} to train on, ", end="")
-    print(f"{len(run.validation)} for validation, {tests} to test")
+    print(f"  {len(run.train)} images of {side} × {side} pixels, {len(run.validation)} for validation, {tests} to test")
     print(f"  {args.epochs} epochs for the softmax layer, {full} epochs for the whole network", flush=True)
 
 

@@ -10,19 +10,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import run_helpers as rh
 import numpy as np
 import pytest
 import torch
 import torchvision
-from run_helpers import run_script
 
+import dataset_helpers as dh
+import extract_features
 import models
-import pirl_stl_train_test
+import pirl_stl_train_test as pirl
 import stl10_data_load
 import train_stl_after_ssl
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {module.__name__: module for module in (stl10_data_load, pirl_stl_train_test, train_stl_after_ssl)}
+SCRIPTS = {module.__name__: module for module in (stl10_data_load, pirl, train_stl_after_ssl, extract_features)}
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
 
 
@@ -54,7 +56,7 @@ def call(monkeypatch):
         out, err, status = io.StringIO(), io.StringIO(), 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                run_script(SCRIPTS[script].main)
+                rh.run_script(SCRIPTS[script].main)
         except SystemExit as end:
             status = end.code or 0
             if isinstance(status, str):  # what the interpreter does with it
@@ -77,9 +79,10 @@ def start(script, *arguments, **options):
 
 def start_of(flags):
     """A pretraining run that has not begun."""
-    return pirl_stl_train_test.start_run(
-        pirl_stl_train_test.parse_args([str(flag) for flag in flags]), torch.device("cpu")
-    )
+    args, cpu = pirl.parse_args([str(flag) for flag in flags]), torch.device("cpu")
+    pirl.settle(args, cpu, None)
+    images, train_count, _ = dh.load_unlabelled(args, cpu)
+    return pirl.Pretraining(args, cpu, images, train_count)
 
 
 def write_raw(folder, counts, seed=0):
@@ -148,7 +151,6 @@ def pytest_collection_modifyitems(items):
 def no_waiting_for_the_disk(monkeypatch):
     """What runs in this process survives no power cut; test_faults.py starts processes, and they do sync."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(os, "sync", lambda: None)
 
 
 @pytest.fixture(autouse=True)

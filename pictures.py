@@ -19,44 +19,50 @@ def save_picture(image, path):
         image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
 
 
-def neighbour_picture(queries, query_labels, found, found_labels):
-    """A row per query: the image, then its nearest images, green if of its class and red if not.
+def neighbour_picture(queries, query_labels, found, found_labels, names):
+    """A row per query: the image, then its nearest images, green if of its class and red if not; the class on each.
 
-    queries uint8 [Q, 3, S, S], query_labels [Q], found uint8 [Q, k, 3, S, S], found_labels [Q, k]. Returns [3, H, W].
+    queries uint8 [Q, 3, S, S], query_labels [Q], found uint8 [Q, k, 3, S, S], found_labels [Q, k]. A Pillow image.
     """
     tiles = torch.cat([queries[:, None], found], 1).flatten(0, 1).float() / 255
     tiles = torch.nn.functional.interpolate(tiles, (TILE, TILE), mode="bilinear", antialias=True)
-    right = torch.tensor(RIGHT) / 255
-    wrong = torch.tensor(WRONG) / 255
     same = (found_labels == query_labels[:, None]).cpu()
-    frames = torch.where(same[..., None], right, wrong)
+    frames = torch.where(same[..., None], torch.tensor(RIGHT) / 255, torch.tensor(WRONG) / 255)
     frames = torch.cat([torch.ones(len(queries), 1, 3), frames], 1).flatten(0, 1)
     framed = frames[:, :, None, None].repeat(1, 1, TILE + 8, TILE + 8)
     framed[:, :, 4:-4, 4:-4] = tiles.cpu()
-    return make_grid(framed, found.shape[1] + 1, padding=4, pad_value=1)
+    image = to_pil_image(make_grid(framed, found.shape[1] + 1, padding=4, pad_value=1))
+    for row, labels in enumerate(torch.cat([query_labels[:, None], found_labels], 1).tolist()):
+        for column, label in enumerate(labels):
+            place = (column * (TILE + 12) + 10, row * (TILE + 12) + TILE + 6)
+            ink = {"fill": "white", "stroke_width": 1, "stroke_fill": "black", "font_size": 10, "anchor": "ls"}
+            ImageDraw.Draw(image).text(place, names[label][:12], **ink)
+    return image
 
 
 def confusion_picture(labels, predictions, names):
     """Per cent of each class (row) by predicted class (column), of labels and predictions int64 [N]. A Pillow image."""
-    count, cell, left, top = len(names), 46, 110, 96
+    count, left, top = len(names), 130, 110
+    cell = 46 if count <= 20 else max(4, 920 // count)  # of many classes the shades alone are shown
     matrix = torch.zeros(count, count)
     matrix.index_put_((labels.cpu(), predictions.cpu()), torch.ones(len(labels)), accumulate=True)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = Image.new("RGB", (left + count * cell + 12, top + count * cell + 12), "white")
-    draw = ImageDraw.Draw(image)
+    draw, font_size = ImageDraw.Draw(image), min(13, cell)
     draw.text((8, 8), "true class (rows), predicted class (columns), per cent of the row", fill="black", font_size=13)
     for i, name in enumerate(names):
-        draw.text((left - 8, top + (i + 0.5) * cell), name, fill="black", font_size=13, anchor="rm")
-        label = Image.new("L", (top - 30, 18), 0)
-        ImageDraw.Draw(label).text((0, 9), name, fill=255, font_size=13, anchor="lm")
+        draw.text((left - 8, top + (i + 0.5) * cell), name[:20], fill="black", font_size=font_size, anchor="rm")
+        label = Image.new("L", (top - 20, font_size + 5), 0)
+        ImageDraw.Draw(label).text((0, label.height // 2), name[:16], fill=255, font_size=font_size, anchor="lm")
         turned = label.rotate(60, expand=True)
         image.paste("black", (int(left + (i + 0.2) * cell), top - turned.height - 2), turned)
         for j in range(count):
             share, x, y = shares[i, j].item(), left + j * cell, top + i * cell
             shade = tuple(round(255 - share * (255 - c)) for c in ((31, 119, 180) if i == j else WRONG))
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=shade)
-            ink = "white" if share > 0.5 else "black"
-            draw.text((x + cell / 2, y + cell / 2), f"{100 * share:.0f}", fill=ink, font_size=13, anchor="mm")
+            if cell == 46:
+                place, ink = (x + cell / 2, y + cell / 2), "white" if share > 0.5 else "black"
+                draw.text(place, f"{100 * share:.0f}", fill=ink, font_size=13, anchor="mm")
     return image
 
 

@@ -26,7 +26,7 @@ GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has t
 ADVICE = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
 # What a resumed run may change, and what it keeps from its checkpoint unless the flag is given again.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
-MAY_DIFFER |= {"knn_every", "tensorboard", "compile"}
+MAY_DIFFER |= {"knn_every", "tensorboard", "compile", "precision", "tmax_for_cos_decay"}
 COLUMNS = ["epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second"]
 COLUMNS += ["seconds", "knn_acc"]
 KEPT = ("precision", "tmax_for_cos_decay", "warm_start", "pirl_model_name", "cont_epoch")

@@ -57,7 +57,12 @@ def run_script(main):
 
 def end(line, status=1):
     """End the process with one line on standard error; of several ranks, the first to come here prints its line."""
-    if first_to_end():
+    first = rank() == 0
+    with contextlib.suppress(KeyError, RuntimeError):  # the launcher's store counts the ranks that have ended
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        first = store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    if first:
         print("error:", " ".join(line.splitlines()), file=sys.stderr, flush=True)
     if world_size() > 1:
         os._exit(status)  # the interpreter's own end would wait for ranks that are gone
@@ -97,25 +102,11 @@ def leave_ranks():
 
 def same_on_all_ranks(*numbers):
     """Refuse to begin if the ranks, on several nodes perhaps, have read other images or another checkpoint."""
+    of_all = [numbers] * world_size()
     if world_size() > 1:
-        of_all = [None] * world_size()
         distributed.all_gather_object(of_all, numbers)
-        if len(set(of_all)) > 1:
-            raise UserError(
-                "the ranks have read different files: give a --data-dir and --weights-dir that all of them see"
-            )
-
-
-def first_to_end():
-    """Whether no other rank of this job has ended with an error before, by a count that the launcher keeps."""
-    if world_size() == 1:
-        return True
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except (KeyError, RuntimeError):
-        return rank() == 0
+    if len(set(of_all)) > 1:
+        raise UserError("the ranks have read different files: give a --data-dir and --weights-dir that all of them see")
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -138,11 +129,8 @@ def switch(default):
     return {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "True|False"}
 
 
-def boolean(text):
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return words[text.lower()]
+def boolean(text):  # argparse makes "invalid boolean value" of a ValueError
+    return ("true", "yes", "1", "false", "no", "0").index(text.lower()) < 3
 
 
 def between(kind, low, high=10**9):
@@ -163,12 +151,6 @@ def experiment_name(text):
     return text
 
 
-def file_to_write(text):
-    if Path(text).name in ("", ".."):
-        raise argparse.ArgumentTypeError(f"{text!r} names no file")
-    return Path(text)
-
-
 def add_run_arguments(parser, experiment):
     """The flags that both training scripts have, in two groups."""
     add = parser.add_argument_group("files").add_argument
@@ -181,10 +163,8 @@ def add_run_arguments(parser, experiment):
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=between(int, 0, 2**32 - 1), default=0, help="the seed of all random numbers of the run")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a CUDA GPU if there is one")
-    precision = "the arithmetic of the network; auto takes bf16 where the processor computes it in hardware"
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
-    exact = "whether a GPU computes the same bits every time, which is slower; a CPU always does"
-    add("--deterministic", **switch(False), help=exact)
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto takes bf16 on GPUs that have it")
+    add("--deterministic", **switch(False), help="whether a GPU computes the same bits every time, as a CPU does")
 
 
 def settings_of(args):
@@ -216,12 +196,9 @@ def choose_device(args):
 
 def choose_precision(args, device):
     """args.precision -> "fp32" or "bf16"."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        if args.precision == "bf16" and not fast:
-            raise UserError("this GPU has no bf16 arithmetic: use --precision fp32")
-    else:
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and device.type == "cuda" and not fast:
+        raise UserError("this GPU has no bf16 arithmetic: use --precision fp32")
     return args.precision if args.precision != "auto" else "bf16" if fast else "fp32"
 
 
@@ -234,9 +211,8 @@ def machine(device):
     """Where a run takes place, as a line for its record."""
     cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return (
-        f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
-    )
+    packages = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return f"{name}, {packages}, Python {platform.python_version()}"
 
 
 # One independent stream of random numbers per purpose.
@@ -291,7 +267,7 @@ def read_torch_file(path):
                 if member := archive.testzip():
                     raise ValueError(f"the checksum of {member} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # arbitrary bytes make zipfile and the unpickler raise almost anything
         reason = first_line(error)
@@ -314,18 +290,14 @@ def cpu_state(module):
 
 
 class Experiment:
-    """The files of one experiment, held by one job at a time. Of several ranks, rank 0 alone writes.
-
-    <weights-dir>/<name>.pt is the finished model, <weights-dir>/<name>.ckpt what --resume needs, and
-    <observations-dir>/<name>_observations.csv has a row per epoch.
-    """
+    """The files of one experiment, held by one job at a time. Of several ranks, rank 0 alone writes."""
 
     def __init__(self, args, kind):
         """kind: what the checkpoints call themselves."""
         self.args, self.kind, self.name, self.locks = args, kind, args.experiment_name, []
-        self.model = args.weights_dir / f"{self.name}.pt"
-        self.checkpoint = args.weights_dir / f"{self.name}.ckpt"
-        self.observations = args.observations_dir / f"{self.name}_observations.csv"
+        self.model = args.weights_dir / f"{self.name}.pt"  # the finished one
+        self.checkpoint = args.weights_dir / f"{self.name}.ckpt"  # what --resume needs
+        self.observations = args.observations_dir / f"{self.name}_observations.csv"  # a row per epoch
         for folder in {*map(os.path.realpath, (args.weights_dir, args.observations_dir))} if rank() == 0 else ():
             os.makedirs(folder, exist_ok=True)
             self.locks.append(filelock.FileLock(f"{folder}/.{self.name}.run.lock", timeout=0))
@@ -337,13 +309,12 @@ class Experiment:
     def start(self, may_differ, kept, own_name=False):
         """The checkpoint to go on from, or None for a new run. Refuses other settings, and a name that is taken.
 
-        may_differ: a function of the checkpoint, giving the arguments that may differ from those that it was made with.
-        kept: those that have the checkpoint's value unless the user gives them. own_name: a new run may replace the
-        files of this name.
+        may_differ(checkpoint) names the arguments that may differ from the checkpoint's, kept those that have its value
+        unless the user gives them. own_name: a new run may replace the files of this name.
         """
         other = "choose another --experiment-name"
-        files = [file for file in (self.checkpoint, self.model, self.observations) if file.exists()]
         if not (self.args.resume and self.checkpoint.exists()):
+            files = [file for file in (self.checkpoint, self.model, self.observations) if file.exists()]
             if files and rank() == 0 and not own_name:
                 way = f"{self.checkpoint} is gone" if self.args.resume else "go on with it by --resume True"
                 raise UserError(f"the name {self.name} is taken ({files[0]}): {way}, or {other}")
@@ -358,15 +329,11 @@ class Experiment:
         for name in kept:
             if getattr(self.args, name) in (None, False, "auto"):
                 setattr(self.args, name, then.get(name))
-        changed = {
-            name: f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
-            for name, value in settings_of(self.args).items()
-            if then.get(name) != value
-        }
-        if differ := [text for name, text in changed.items() if name not in {*free, *kept}]:
-            differ = "; ".join(differ)
+        now = settings_of(self.args)
+        changed = {n: f"--{n.replace('_', '-')} was {then.get(n)}, is {now[n]}" for n in now if then.get(n) != now[n]}
+        if differ := "; ".join(text for name, text in changed.items() if name not in free):
             raise UserError(f"{self.checkpoint} was made with other settings ({differ}): use the same, or {other}")
-        print("\n".join([f"going on from {self.checkpoint}", *(f"note: {changed[n]}" for n in kept if n in changed)]))
+        print(f"going on from {self.checkpoint}", *(f"note: {changed[n]}" for n in kept if n in changed), sep="\n")
         return state
 
     def load(self, state, checksum, run, progress):
@@ -401,15 +368,12 @@ class Experiment:
 # ---- While it runs ---------------------------------------------------------------------------------------------------
 
 
-class Lines:
-    """Where tqdm writes when standard error is no terminal: each state of a bar is a line of standard output."""
+class Lines(io.TextIOBase):
+    """Where tqdm writes if standard error is no terminal: each state of a bar becomes a line of standard output."""
 
     def write(self, text):
         if text.strip():
             print(text.strip(), flush=True)
-
-    def flush(self):
-        pass
 
 
 def progress_bar(total, what, unit, done=0, **options):
@@ -420,19 +384,16 @@ def progress_bar(total, what, unit, done=0, **options):
 
 
 class Progress:
-    """Where a run stands, and the loop over the steps of an epoch with all that happens between two of them.
-
-    epoch counts from 1; step is the number of the epoch's steps that are done; sums [steps, 2] float32 on the device
-    has each step's sum of losses and number of hits; seconds is the time of these steps; rows are those of the CSV.
-    """
+    """Where a run stands, and the loop over the steps of an epoch with all that happens between two of them."""
 
     def __init__(self, args, device, model, images, title, advice):
         """images: how many an epoch visits. title: what the bar says. advice: against a loss that is not finite."""
         self.args, self.device, self.model = args, device, model
         self.images, self.title, self.advice = images, title, advice
-        self.epoch, self.step, self.seconds, self.rows = 1, 0, 0.0, []
-        self.sums = torch.zeros(math.ceil(images / args.batch_size), 2, device=device)
-        self.signal, self.noted, self.saved = 0, None, time.monotonic()
+        self.epoch, self.step, self.seconds = 1, 0, 0.0  # step: how many of the epoch are done, in so many seconds
+        self.sums = torch.zeros(math.ceil(images / args.batch_size), 2, device=device)  # of losses and hits, by step
+        self.rows = []  # of the CSV
+        self.signal, self.noted, self.saved, self.kept = 0, None, time.monotonic(), False
 
     def state_dict(self):
         return {name: getattr(self, name) for name in ("epoch", "step", "seconds", "rows", "sums")}
@@ -440,12 +401,13 @@ class Progress:
     def load_state_dict(self, state):
         self.epoch, self.step, self.seconds, self.rows = (state[n] for n in ("epoch", "step", "seconds", "rows"))
         self.sums.copy_(state["sums"])
+        self.kept = True  # there is a checkpoint
 
     def steps(self, batches, save):
-        """Yield what is left of an epoch's `batches` of indices, and look around after each step.
+        """Yield what is left of an epoch's `batches` of indices, and after each step look at the clock and for signals.
 
         Calls save() every --checkpoint-minutes, at the end of the epoch unless the last checkpoint is younger than a
-        minute, and on SIGTERM or Ctrl-C, after which the process ends with status 128 + signal. All ranks agree.
+        minute, and on SIGTERM or Ctrl-C, which then end the process with status 128 + signal. All ranks agree.
         """
         minutes, shown, begun = self.args.checkpoint_minutes, time.monotonic(), time.monotonic() - self.seconds
         bar = progress_bar(self.images, f"{self.title} {self.epoch}", " images", self.step * self.args.batch_size)
@@ -457,11 +419,12 @@ class Progress:
                 bar.update(len(index))
                 now, at_end = time.monotonic(), self.step == len(batches)
                 self.seconds = now - begun
-                stop, due = self.agreed(now - self.saved >= 60 * (min(minutes, 1) if at_end else minutes), at_end)
+                wait = min(minutes, 1) * self.kept if at_end else minutes  # the first checkpoint is due in any case
+                stop, due = self.agreed(now - self.saved >= 60 * wait, at_end)
                 if stop or due:
                     self.means()
                     save()
-                    self.saved = time.monotonic()
+                    self.saved, self.kept = time.monotonic(), True
                 if stop:
                     bar.close()
                     print(f"stopped in epoch {self.epoch} after step {self.step}: --resume True goes on from here")
@@ -478,11 +441,8 @@ class Progress:
                 signal.signal(number, handler)
 
     def note(self, number, frame):
-        """A signal asks the loop to stop after its step; one that comes two seconds later ends the process at once.
-
-        (Before that it is the same request: a rank gets it from the scheduler and from the launcher.)
-        """
-        if not self.signal:
+        """A signal asks the loop to stop after its step; one that comes two seconds later ends the process at once."""
+        if not self.signal:  # and before, it is the same request, by way of the launcher
             self.signal, self.noted = number, time.monotonic()
         elif time.monotonic() - self.noted > 2:
             signal.signal(number, signal.SIG_DFL)

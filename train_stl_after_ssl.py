@@ -36,7 +36,7 @@ SHOWN_NEIGHBOURS = 5
 COLUMNS = ["stage", "epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second"]
 # What a resumed run may change, also before its full stage has begun; and what it keeps from its checkpoint.
 MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "full_fine_tune"}
-MAY_DIFFER |= {"checkpoint_minutes", "neighbours"}
+MAY_DIFFER |= {"checkpoint_minutes", "neighbours", "precision"}
 BEFORE_FULL = {"full_lr", "full_epochs"}
 KEPT = ("precision",)
 
@@ -44,35 +44,27 @@ KEPT = ("precision",)
 def parse_args(argv=None):
     parser = rh.Parser(__doc__.split("\n")[0])
     rh.add_run_arguments(parser, experiment="e1_pirl_sup_")
-    switch, between = rh.switch, rh.between
+    switch, number = rh.switch, rh.between
     add = parser.add_argument_group("network").add_argument
-    add("--model-type", choices=list(models.TRUNKS), default="res18", help="the trunk: ResNet-18, -34 or -50")
-    weights = "the trunk's weights: a file, or a name in the weights folder; None is a random trunk"
-    add("--pirl-model-name", help=weights)
-    stem = "the first convolution, imagenet or small; None is that of the weights, or imagenet"
-    add("--stem", choices=["imagenet", "small"], help=stem)
+    add("--model-type", choices=[*models.TRUNKS], default="res18", help="the trunk: ResNet-18, -34 or -50")
+    add("--pirl-model-name", help="a file of weights, or a name in the weights folder; None is a random trunk")
+    add("--stem", choices=["imagenet", "small"], help="the first convolution; None is that of the weights, or imagenet")
     add("--zero-init", **switch(True), help="whether every residual block of a random trunk starts as its shortcut")
-    size = "side of the images in pixels; they are resized and cropped to it when they are read"
-    add("--image-size", type=between(int, 36, 224), default=96, help=size)
+    add("--image-size", type=number(int, 36, 224), default=96, help="the side of the images in pixels, once read")
     add = parser.add_argument_group("training").add_argument
     add("--full-fine-tune", **switch(False), help="whether to train the whole network after the softmax layer")
-    add("--batch-size", type=between(int, 1), default=128, help="images per step")
-    add("--epochs", type=between(int, 1), default=100, help="passes over the training images, in each stage")
-    add("--full-epochs", type=between(int, 1), help="the same for the full stage; None is --epochs")
-    rate = "learning rate of SGD with momentum 0.9"
-    add("--lr", type=between(float, 0, 100), default=0.01, help=f"{rate} in the softmax stage")
-    add("--full-lr", type=between(float, 0, 100), default=0.01, help=f"{rate} in the full stage")
-    add("--weight-decay", type=between(float, 0, 1), default=5e-4, help="weight decay of all weights that are trained")
+    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--epochs", type=number(int, 1), default=100, help="passes over the training images, in each stage")
+    add("--full-epochs", type=number(int, 1), help="the same for the full stage; None is --epochs")
+    add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of the softmax stage (SGD, momentum 0.9)")
+    add("--full-lr", type=number(float, 0, 100), default=0.01, help="learning rate of the full stage")
+    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights that are trained")
     patience = "epochs without a lower validation loss before the learning rate falls to a tenth"
-    add("--patience-for-lr-decay", type=between(int, 0), default=10, help=patience)
+    add("--patience-for-lr-decay", type=number(int, 0), default=10, help=patience)
     add = parser.add_argument_group("results").add_argument
-    folds = "whether to train the softmax layer on each fold of fold_indices.txt too"
-    add("--folds", **switch(False), help=folds)
-    picture = "a picture to write: test images with the nearest training images"
-    add("--neighbours", type=Path, help=picture)
-    args = parser.parse_args(argv)
-    args.full_epochs = args.full_epochs or args.epochs
-    return args
+    add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
+    add("--neighbours", type=Path, help="a picture to write: test images with the nearest training images")
+    return parser.parse_args(argv)
 
 
 def main():
@@ -97,7 +89,8 @@ def main():
         progress.rows += train_softmax_layer(run)
         save()
         experiment.write_rows(progress.rows)
-    while args.full_fine_tune and progress.epoch <= args.full_epochs:
+    full_epochs = args.full_epochs or args.epochs
+    while args.full_fine_tune and progress.epoch <= full_epochs:
         epoch = progress.epoch
         order, _ = epoch_order(run.train, 1, args.seed, epoch)
         draws = dh.uniform_draws(len(run.images), dh.LABELLED_VIEW_DRAWS, args.seed, rh.VIEWS, epoch, device=device)
@@ -109,7 +102,7 @@ def main():
         progress.finish_epoch(row)
         experiment.write_rows(progress.rows)
         result = "whole network, epoch {}/{}: loss {:.4f}, accuracy {:.2%}, validation loss {:.4f}, accuracy {:.2%}"
-        print(result.format(epoch, args.full_epochs, *train, *validation), flush=True)
+        print(result.format(epoch, full_epochs, *train, *validation), flush=True)
     if args.full_fine_tune and "full" not in run.results:
         run.use_best(progress.rows)
         save()
@@ -222,12 +215,11 @@ def read_folds(data_dir, count, device):
 
 def announce(run):
     """Say what is about to be done."""
-    args, side, full = run.args, run.args.image_size, run.args.full_epochs if run.args.full_fine_tune else "no"
+    args, side = run.args, run.args.image_size
+    full = (args.full_epochs or args.epochs) if args.full_fine_tune else "no"
     tests = 0 if run.test_images is None else len(run.test_images)
     print(f"{args.experiment_name}: {args.model_type}, {run.trunk_name}")
-    print(
-        f"  {run.device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes of images in {args.data_dir}"
-    )
+    print(f"  {run.device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes in {args.data_dir}")
     print(f"  {len(run.train)} images of {side} × {side} pixels, {len(run.validation)} for validation, {tests} to test")
     print(f"  {args.epochs} epochs for the softmax layer, {full} epochs for the whole network", flush=True)
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import run_helpers as rh
 import torch
-from run_helpers import damage
 from conftest import start, write_raw
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ class Job:
     script: str
     arguments: list
     result: object  # folder -> comparable
+    thin: bool = False  # whether with the thin trunk
     seconds: float = 0.0
     expected: object = None
     largest: int = 0  # bytes, of the files that it writes
@@ -47,7 +48,8 @@ class Job:
     def start(self, folder, **options):
         arguments = [str(argument).format(folder=folder) for argument in self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return start(self.script, *arguments, env=environment, start_new_session=True, **options)
+        script = ["tests/thin_script", self.script] if self.thin else [self.script]
+        return start(*script, *arguments, env=environment, start_new_session=True, **options)
 
     def end(self, folder, problems, **options):
         """Let it run to its end; anything but success is a problem."""
@@ -92,8 +94,7 @@ def pretrained(folder):
     """Weights, memory bank, optimiser and CSV."""
     model = torch.load(folder / "weights/run.pt", weights_only=True)
     checkpoint = torch.load(folder / "weights/run.ckpt", weights_only=True)
-    parts = [model["trunk"], model["head_f"], model["head_g"], checkpoint["bank"], checkpoint["optimizer"]["state"]]
-    return digest(parts), rows(folder)
+    return digest([model["trunk"], model["head_f"], model["head_g"], checkpoint["run"]]), rows(folder)
 
 
 def fine_tuned(folder):
@@ -107,7 +108,7 @@ def prepared(folder):
     return digest([(str(path.relative_to(folder)), path.read_bytes()) for path in files])
 
 
-def make_jobs(folder):
+def make_jobs(folder, thin):
     """Data of the suite's own, and each job run once, untouched."""
     raw = write_raw(folder / "raw", COUNTS)
     with tarfile.open(folder / "stl10.tgz", "w:gz", compresslevel=1) as archive:
@@ -118,8 +119,8 @@ def make_jobs(folder):
     paths = ["--raw-dir", "{folder}/raw", "--data-dir", "{folder}/data"]
     jobs = {
         "prepare": Job("stl10_data_load", ["--url", (folder / "stl10.tgz").as_uri(), *paths], prepared),
-        "pretrain": Job("pirl_stl_train_test", [*run, "--epochs", 4, "--knn-every", 2], pretrained),
-        "fine-tune": Job("train_stl_after_ssl", [*run, "--epochs", 3, "--full-fine-tune", "True"], fine_tuned),
+        "pretrain": Job("pirl_stl_train_test", [*run, "--epochs", 4, "--knn-every", 2], pretrained, thin),
+        "fine-tune": Job("train_stl_after_ssl", [*run, "--epochs", 3, "--full-fine-tune", "True"], fine_tuned, thin),
     }
     for name, job in jobs.items():
         own, problems, started = folder / f"reference_{name}", [], time.monotonic()
@@ -131,9 +132,7 @@ def make_jobs(folder):
     return jobs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The faults: (job, folder, random numbers) -> (how many faults, the problems)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The faults: (job, folder, random numbers) -> (how many faults, the problems) -----------------------------------
 
 
 def signalled(number, statuses):
@@ -162,18 +161,22 @@ def signalled(number, statuses):
 def check_end(process, out, err, number, statuses, problems):
     """Whether a process ended as it should by a signal, or (0) just before it."""
     orderly = process.returncode in statuses and len(err.splitlines()) <= 1
-    # While it starts and imports, and once its work is done, Python itself answers, in ways of its own.
-    unprepared = number == signal.SIGKILL or not out or "wrote" in out or "nothing to do" in out
+    # Between the steps of a training a signal is noted; elsewhere it ends the process, and Ctrl-C does so in one line.
+    killed = number != signal.SIGINT and process.returncode == -number and not err
+    # While it starts and imports, and once its work is done, Python itself answers Ctrl-C, in ways of its own.
+    unprepared = not out or "wrote" in out or "nothing to do" in out
     by_python = process.returncode == -number or err.rstrip().endswith("KeyboardInterrupt")
-    if not orderly and not (unprepared and by_python):
+    if not orderly and not killed and not (unprepared and by_python):
         problems.append(f"status {process.returncode}, after {out!r}: {err.strip()}")
 
 
 def check_files(folder, problems):
     """Every file under its own name is whole."""
     for path in (folder / "weights").glob("[!.]*"):
-        if reason := damage(path):
-            problems.append(f"{path} is damaged: {reason}")
+        try:
+            rh.read_torch_file(path)
+        except rh.UserError as error:
+            problems.append(str(error))
 
 
 def empty(folder):
@@ -216,29 +219,33 @@ def full_disk(job, folder, rng):
 
 
 def damaged_checkpoint(job, folder, rng):
-    """The newest checkpoint cut short, overwritten or with one byte changed, while the one before is whole."""
-    newest, previous, problems = folder / "weights/run.ckpt", folder / "weights/run.previous.ckpt", []
+    """A checkpoint cut short, overwritten or with one byte changed is refused and left as it is: nothing is lost."""
+    file, problems = folder / "weights/run.ckpt", []
     process = job.start(folder)
-    while process.poll() is None and not previous.exists():
+    while process.poll() is None and not file.exists():
         time.sleep(0.02)
     time.sleep(rng.uniform(0, job.seconds / 3))
     process.kill()
     process.communicate()
-    faults = int(newest.exists())
-    if faults:
-        content = bytearray(newest.read_bytes())
-        place = rng.randrange(len(content))
-        how = rng.choice(["cut", "byte", "zeros"])
-        if how == "cut":
-            del content[place:]
-        elif how == "byte":
-            content[place] ^= rng.randrange(1, 256)
-        else:
-            content[place : place + 4096] = bytes(len(content[place : place + 4096]))
-        newest.write_bytes(content)
-    job.end(folder, problems)
-    job.same(folder, problems)
-    return faults, problems
+    whole = file.read_bytes()
+    hurt, place, how = bytearray(whole), rng.randrange(len(whole)), rng.choice(["cut", "byte", "zeros"])
+    if how == "cut":
+        del hurt[place:]
+    elif how == "byte":
+        hurt[place] ^= rng.randrange(1, 256)
+    else:
+        hurt[place : place + 4096] = bytes(len(hurt[place : place + 4096]))
+    file.write_bytes(hurt)
+    process = job.start(folder)
+    _, err = process.communicate(timeout=300)
+    if process.returncode:
+        refused = process.returncode == 1 and len(err.splitlines()) == 1 and err.startswith(f"error: {file} ")
+        if not refused or file.read_bytes() != hurt:
+            problems.append(f"{how} at {place}: status {process.returncode}: {err.strip()}")
+        file.write_bytes(whole)
+        job.end(folder, problems)
+    job.same(folder, problems)  # a byte of no account, such as a date, may differ
+    return 1, problems
 
 
 def second_run(job, folder, rng):
@@ -273,15 +280,15 @@ FAULTS = [  # name, job, how, weight
     ("full disk", "pretrain", full_disk, 2),
     ("full disk", "fine-tune", full_disk, 2),
     ("full disk", "prepare", full_disk, 2),
-    ("newest checkpoint damaged", "pretrain", damaged_checkpoint, 2),
-    ("newest checkpoint damaged", "fine-tune", damaged_checkpoint, 2),
+    ("checkpoint damaged", "pretrain", damaged_checkpoint, 2),
+    ("checkpoint damaged", "fine-tune", damaged_checkpoint, 2),
     ("second run of the name", "pretrain", second_run, 1),
 ]
 
 
-def throw(plan, seed, folder, bar=None):
+def throw(plan, seed, folder, bar=None, thin=False):
     """Throw the faults of `plan`, two at a time: {(fault, job): [tried, survived, lost]}, [problems]."""
-    jobs, tally, found, lock = make_jobs(folder), defaultdict(lambda: [0, 0, 0]), [], threading.Lock()
+    jobs, tally, found, lock = make_jobs(folder, thin), defaultdict(lambda: [0, 0, 0]), [], threading.Lock()
 
     def one(number):
         name, job, fault, _ = plan[number]

@@ -1,74 +1,149 @@
-"""The tables: made from runs' own files, each run once."""
+"""Tables and reports: made of real runs, small ones; and the synthetic images."""
 
-import shlex
+import itertools
 from types import SimpleNamespace
 
+import run_helpers as rh
 import pytest
-from run_helpers import UserError
+import torch
 
-from benchmarks import recipe, results, runs
+import dataset_helpers as dh
+import pirl_stl_train_test as pirl
+from benchmarks import gpu_report, results, synthetic, throughput
+from stl10_data_load import SPLITS, write_split
+from train_stl_after_ssl import ROWS
 
 
 @pytest.fixture
-def folder(call, data_dir, tmp_path, monkeypatch):
-    """Runs are made in this process instead of one of their own, and counted."""
+def make_table(call, data_dir, tmp_path, monkeypatch):
+    """make_table(flags of pretraining); its runs are made in this process instead of one of their own, and counted."""
 
     def run(command):
-        made.append(command)
-        outcome = call(command[1].stem, *command[2:])
+        script = command[1].rsplit("/", 1)[1].removesuffix(".py")
+        outcome = call(script, *command[2:])
         assert outcome.status == 0, outcome.err
+        made.append(script)
         return SimpleNamespace(returncode=0)
 
-    made = []
-    monkeypatch.setattr(runs.subprocess, "run", run)
-    return SimpleNamespace(path=tmp_path / "runs", made=made)
-
-
-SMALL = "--image-size 36 --device cpu"
-
-
-def test_results(folder, data_dir, monkeypatch):
-    """All stages once; then nothing is run again, and a change of settings is refused."""
-
     def make_table(flags):
-        command = ["results", "--data-dir", str(data_dir), "--results-dir", str(folder.path), "--seeds", "2"]
-        command += ["--epochs", "1", "--labelled-epochs", "2", f"--common-flags={SMALL}"]
+        command = ["results", "--data-dir", str(data_dir), "--results-dir", str(tmp_path), "--seeds", "2"]
+        command += ["--epochs", "1", "--labelled-epochs", "2", "--common-flags=--image-size 36 --device cpu"]
         monkeypatch.setattr("sys.argv", [*command, f"--flags={flags}", "--labelled-flags=--batch-size 16"])
         results.main()
+        return (tmp_path / "data.md").read_text().splitlines()
 
-    make_table("--only-train True")
-    make_table("--only-train True")
-    assert len(folder.made) == 6
-    lines = (folder.path / "data.md").read_text().splitlines()
+    made = []
+    monkeypatch.setattr(results.subprocess, "run", run)
+    make_table.made = made
+    return make_table
+
+
+def test_results(make_table, tmp_path):
+    """All stages once; then nothing is run again, and a change of settings is refused."""
+    make_table("--only-train True --batch-size 16")
+    lines = make_table("--only-train True --batch-size 16")
+    assert len(make_table.made) == 6
     for trunk in ("random", "PIRL"):
-        for stage in (results.NEIGHBOURS, results.SOFTMAX, results.FULL):
-            (line,) = [line for line in lines if line.startswith(f"{stage}, {trunk} trunk | ") and "%" in line]
+        for stage in ("neighbours", "softmax", "full"):
+            (line,) = [line for line in lines if line.startswith(f"{ROWS[stage]}, {trunk} trunk | ") and "%" in line]
             assert line.count("±") == 2
-    assert (folder.path / "data.png").exists()
-    with pytest.raises(UserError, match="another lr"):
-        make_table("--only-train True --lr 0.1")
+    assert (tmp_path / "data.png").exists()
+    for changed in ("--lr 0.1", "--tmax-for-cos-decay 5"):
+        with pytest.raises(rh.UserError, match="another " + changed.split()[0].strip("-").replace("-", "_")):
+            make_table(f"--only-train True --batch-size 16 {changed}")
 
 
-def test_recipe_rows(folder, data_dir, tmp_path, monkeypatch):
-    table = tmp_path / "recipe.md"
-    command = ["recipe", "--data-dir", str(data_dir), "--runs-dir", str(folder.path), "--out", str(table)]
-    monkeypatch.setattr(recipe, "ROWS", {"default": SMALL, "random-bank": f"{SMALL} --bank-start random"})
-    labelled = recipe.fine_tune
-    small = shlex.split(f"{SMALL} --epochs 2 --batch-size 16")
-    monkeypatch.setattr(recipe, "fine_tune", lambda where, name, flags: labelled(where, name, [*flags, *small]))
-    monkeypatch.setattr(
-        "sys.argv", [*command, "--epochs", "1", "--precision", "fp32", "--rows", "default", "random-bank", "random"]
-    )
-    recipe.main()
-    text = table.read_text()
-    commands = [line.split(" | ")[0] for line in text.splitlines() if line.startswith(("| `", "| random"))]
-    assert len(commands) == 3
-    assert any("--bank-start random" in each for each in commands)
-    assert any(each == "| random trunk, `--zero-init True`" for each in commands)
-    assert not any("--batch-size" in each for each in commands)
-    monkeypatch.setattr("sys.argv", [*command[:3], "--runs-dir", str(tmp_path / "none"), "--out", str(table)])
-    recipe.main()
-    assert table.read_text() == text, "rows of runs whose files are gone stay"
-    table.write_text(text.replace("lr 0.2", "lr 0.1"))
-    with pytest.raises(UserError, match="other defaults"):
-        recipe.main()
+def test_results_tell_how_long_each_stage_took():
+    """Minutes of each stage, and from the start until it is done: pretraining counts for the PIRL trunk alone."""
+    pretrained = [{"rows": [{"seconds": 120.0}, {"seconds": 60.0}]}]
+    accuracies = dict.fromkeys(("neighbours", "softmax", "full"), (0.5, None))
+    tuned = [{"results": accuracies, "seconds": {"softmax": 30.0, "full": 90.0}}]
+    text = results.tables(pretrained, tuned, tuned)
+    assert "PIRL pretraining with validation and monitor | 3.00 | 3.00\n" in text
+    for stage, trunk, minutes in (
+        ("softmax", "random", "0.50 | 0.50"),
+        ("full", "random", "1.50 | 2.00"),
+        ("softmax", "PIRL", "0.50 | 3.50"),
+        ("full", "PIRL", "1.50 | 5.00"),
+    ):
+        assert f"{ROWS[stage]}, {trunk} trunk | {minutes}\n" in text
+        assert f"{ROWS[stage]}, {trunk} trunk | 50.00 % | none\n" in text
+
+
+TINY = ["--image-size", "36", "--device", "cpu", "--steps", "1"]
+
+
+def test_throughput(monkeypatch, capsys):
+    """One table of three; the contestants are what they are called."""
+    monkeypatch.setattr(throughput, "IMAGES", 64)
+    monkeypatch.setattr("sys.argv", ["throughput", *TINY, "--batch-size", "16", "--rounds", "1", "--workers", "1"])
+    throughput.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["bare network", "training step", "conventional pipeline"]
+    assert lines[-3].endswith(" | 1.000")
+    assert all(float(cell) > 0 for line in lines[-3:] for cell in line.split(" | ")[1::2])
+
+
+def test_the_conventional_pipeline_s_views_are_those_of_the_step(monkeypatch):
+    """The same shapes, and about the same mean and spread over many images, as image_view() and jigsaw_view()."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (100, 3, 12, 12), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    views = throughput.PerImageViews(images)
+    assert len(views) == 100
+    rows, mine, patches = zip(*(views[i] for i in range(100)), strict=True)
+    assert list(rows) == list(range(100))
+    draws = torch.rand(100, dh.IMAGE_VIEW_DRAWS)
+    theirs = dh.image_view(images.float(), draws)
+    nine = pirl.jigsaw_view(images.float(), torch.rand(100, pirl.JIGSAW_DRAWS))
+    for conventional, project in ((torch.stack(mine), theirs), (torch.cat(patches), nine)):
+        assert conventional.shape == project.shape
+        assert (conventional.mean() - project.mean()).abs() < 0.1
+        assert 0.8 < conventional.std() / project.std() < 1.25
+
+
+def test_gpu_report(monkeypatch, tmp_path):
+    """On a CPU, with everything small. What fails, here for want of a compiler, is named, and the rest goes on."""
+    monkeypatch.setattr(throughput, "IMAGES", 32)
+    monkeypatch.setattr(pirl.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_report, "cuda_tests", lambda: "9 skipped")
+    command = [*TINY, "--batch-sizes", "8", "16", "--images", "40", "--results-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu_report", *command])
+    gpu_report.main()
+    lines = (tmp_path / "gpu_CPU.md").read_text().splitlines()
+    assert "`tests/test_cuda.py`: 9 skipped" in lines
+    rows = [line.split(" | ") for line in lines if line.startswith(("8 | ", "16 | "))]
+    named = [(b, p, n) for b in ("8", "16") for p in ("fp32", "bf16") for n in ("eager", "compiled")]
+    assert [tuple(row[:3]) for row in rows] == named
+    for row in rows:
+        if row[2] == "compiled":
+            assert row[3].startswith("failed: UserError: --compile needs a C++ compiler")
+        else:
+            assert len(row) == 8
+            assert float(row[3]) > 0
+    epochs = [line.split(" | ") for line in lines if line.startswith("--batch-size")]
+    assert len(epochs) == 2
+    assert all(len(row) == 4 and float(row[2]) > 0 for row in epochs)
+    assert all(table.count("|") == rule.count("|") for table, rule in itertools.pairwise(lines) if "---" in rule)
+
+
+def test_gpu_report_names_the_tests_that_fail(monkeypatch):
+    out = "F.\nFAILED tests/test_cuda.py::test_a - assert 1 == 2\n1 failed, 1 passed in 3.00s\n"
+    monkeypatch.setattr(gpu_report.subprocess, "run", lambda *args, **options: SimpleNamespace(stdout=out))
+    assert gpu_report.cuda_tests() == out.split("\n", 1)[1].strip().replace("\n", "; ")
+
+
+def test_synthetic_set(tmp_path):
+    counts = {"train": 200, "test": 40, "unlabelled": 30}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        synthetic.write_synthetic(tmp_path / name, counts, seed)
+    read = {name: (tmp_path / name / "train_X.bin").read_bytes() for name in "abc"}
+    assert read["a"] == read["b"] != read["c"]
+    for split in SPLITS:
+        write_split(tmp_path / "a", tmp_path / "data", split)
+    images, labels, *_ = dh.load_labelled(tmp_path / "data/train", 96, torch.device("cpu"))
+    assert torch.bincount(labels).tolist() == [20] * 10
+    # mean colour does not tell the classes apart: nearest class mean on half of the images, tried on the other half
+    means = images.float().mean((2, 3))
+    centres = torch.stack([means[:100][labels[:100] == c].mean(0) for c in range(10)])
+    accuracy = (torch.cdist(means[100:], centres).argmin(1) == labels[100:]).float().mean()
+    assert accuracy < 0.25

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import jigsaw
-from dataset_helpers import CROP_ASPECT, MEAN, STD, crop_box
+from dataset_helpers import MEAN, STD, crop_box
 from jigsaw import JIGSAW_DRAWS, jigsaw_view, patch_places, patch_sizes
 
 
@@ -65,7 +65,7 @@ def test_patches_of_a_crop_come_from_where_the_crop_says():
     image = torch.stack([place[:, None].expand(side, side), place[None].expand(side, side), torch.zeros(side, side)])
     rows = without_colour(draws(40, seed=3))
     patches = to_pixels(jigsaw_view(image.repeat(40, 1, 1, 1), rows), 40)
-    top, left, height, width = (edge[:, 0] for edge in crop_box(rows[:, :4], side, *jigsaw_crop()))
+    (top, left), (height, width) = (pair.T for pair in crop_box(rows[:, :4], side, jigsaw.PRETEXT_CROP_AREA))
     for i, places in enumerate(places_of(rows, side)):
         for p, (_, row, column) in enumerate(places):
             y = top[i] + (row + place[:30] + 0.5) * height[i] / side - 0.5
@@ -75,12 +75,8 @@ def test_patches_of_a_crop_come_from_where_the_crop_says():
             torch.testing.assert_close(patches[i, p, 1], x[None].expand(30, 30), rtol=0, atol=0.02)
 
 
-def jigsaw_crop():
-    return jigsaw.PRETEXT_CROP_AREA, CROP_ASPECT
-
-
 def test_crop_keeps_at_least_60_percent_and_stays_inside():
-    top, left, height, width = crop_box(draws(20000)[:, :4], 96, *jigsaw_crop())
+    (top, left), (height, width) = (pair.T for pair in crop_box(draws(20000)[:, :4], 96, jigsaw.PRETEXT_CROP_AREA))
     area = height * width / 96**2
     assert area.min() >= 0.6 - 1e-5
     assert area.max() <= 1 + 1e-5
@@ -92,7 +88,7 @@ def test_crop_keeps_at_least_60_percent_and_stays_inside():
 def test_permutation_is_uniform_and_independent_of_the_cell():
     count = 60000
     rows = draws(count, seed=5)
-    permutation, *_ = patch_places(rows[:, 4:22].view(-1, 9, 2), rows[:, 76:85], 96)
+    permutation, _ = patch_places(rows[:, 4:22].view(-1, 9, 2), rows[:, 76:85], 96)
     assert (permutation.sort(1).values == torch.arange(9)).all()
     expected = count / 9
     for place in range(9):
@@ -109,8 +105,9 @@ def test_permutation_is_uniform_and_independent_of_the_cell():
 
 def test_offsets_reach_every_place_in_the_cell_equally_often():
     rows = draws(20000, seed=6)
-    permutation, y, x = patch_places(rows[:, 4:22].view(-1, 9, 2), rows[:, 76:85], 96)
-    for offset in (y[..., 0] - permutation // 3 * 32, x[..., 0] - permutation % 3 * 32):
+    permutation, pixels = patch_places(rows[:, 4:22].view(-1, 9, 2), rows[:, 76:85], 96)
+    y, x = pixels[..., 0].long().unbind(2)
+    for offset in (y - permutation // 3 * 32, x - permutation % 3 * 32):
         assert offset.min() == 0
         assert offset.max() == 2
         seen = torch.bincount(offset.flatten(), minlength=3) / offset.numel()

@@ -14,6 +14,11 @@ from dataset_helpers import normalised
 from models import neighbour_accuracy
 
 
+def labelled_of(flags):
+    run = start_of(flags)
+    return pirl.load_monitor(run.args, run.device)
+
+
 def test_neighbour_accuracy_against_loops():
     draw = torch.Generator().manual_seed(0)
     features, queries = (torch.randn(n, 16, generator=draw, dtype=torch.float64) for n in (90, 40))
@@ -25,8 +30,8 @@ def test_neighbour_accuracy_against_loops():
         for i in sorted(range(90), key=lambda i: -cosines[i])[:20]:
             votes[labels[i]] += torch.tensor(cosines[i] / 0.07, dtype=torch.float64).exp().item()
         hits += votes.index(max(votes)) == label
-    assert neighbour_accuracy(features.float(), labels, queries.float(), query_labels, 5) == pytest.approx(hits / 40)
-    assert neighbour_accuracy(features[:3].float(), labels[:3], features[:3].float(), labels[:3], 5) == 1.0
+    assert neighbour_accuracy(features.float(), labels, queries.float(), query_labels) == pytest.approx(hits / 40)
+    assert neighbour_accuracy(features[:3].float(), labels[:3], features[:3].float(), labels[:3]) == 1.0
 
 
 def test_the_monitor_is_in_the_csv_and_reads_no_test_image(call, tiny, tmp_path, data_dir, monkeypatch):
@@ -47,7 +52,7 @@ def test_the_monitor_is_in_the_csv_and_reads_no_test_image(call, tiny, tmp_path,
 
 
 def test_search_and_queries_are_apart(tiny):
-    _, labels, search, query = start_of(tiny).labelled
+    _, labels, search, query = labelled_of(tiny)
     assert sorted([*search.tolist(), *query.tolist()]) == list(range(60))
     assert len(query) == round(0.16 * 60)
     assert labels[query].unique().tolist() == list(range(10))
@@ -64,21 +69,21 @@ def test_training_does_not_notice_the_monitor(call, tiny, tmp_path):
 @pytest.mark.full_trunk
 def test_the_monitor_measures_the_exported_features(call, tiny, data_dir, tmp_path):
     """The last epoch's accuracy is that of the features that a reader of the file gets."""
-    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
     state = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
     resnet = torchvision.models.resnet18()
     resnet.load_state_dict(state["trunk"], strict=False)
     resnet.fc = torch.nn.Identity()
-    images, labels, search, query = start_of(tiny).labelled
+    images, labels, search, query = labelled_of(tiny)
     with torch.no_grad():
         features = resnet.eval()(normalised(images))
-    expected = neighbour_accuracy(features[search], labels[search], features[query], labels[query], 10)
+    expected = neighbour_accuracy(features[search], labels[search], features[query], labels[query])
     assert state["rows"][-1]["knn_acc"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.full_trunk
 def test_exported_statistics_are_those_of_a_pass_over_whole_images(call, tiny, tmp_path):
-    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
+    assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
     trunk = torch.load(tmp_path / "weights/exp.pt", weights_only=True)["trunk"]
     run = start_of(tiny)
     resnet = torchvision.models.resnet18()

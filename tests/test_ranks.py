@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import run_helpers as rh
 import pytest
 import torch
 from conftest import ROOT
+from rank_worker import freeze
+
+import pirl_stl_train_test as pirl
 
 WORKER = ROOT / "tests/rank_worker.py"
 
@@ -59,26 +63,38 @@ def difference(a, b):
     return max((a[p][k].double() - b[p][k].double()).abs().max() for p in parts for k in a[p] if "num_batches" not in k)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "precision"), [(2, "bf16"), (4, "fp32")])
+def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path, ranks, precision):
     """70 images in batches of 16: the last batch has 6, which four ranks share unevenly."""
-    out = run(ranks, WORKER, tmp_path, "watch", *tiny, "--experiment-name", "exp", "--batch-negatives")
+    flags = (*tiny, "--precision", precision, "--experiment-name", "exp")
+    out = run(ranks, WORKER, tmp_path, "watch", *flags)
     seen = [json.loads((tmp_path / f"watch_{rank}.json").read_text()) for rank in range(ranks)]
     for epoch in (1, 2):
-        images = [i for steps in seen for step in steps if step["epoch"] == epoch for i in step["images"]]
+        images = [i for one in seen for step in one["steps"] if step["epoch"] == epoch for i in step["images"]]
         assert sorted(images) == list(range(70))
-    assert all(step["equal"] for steps in seen for step in steps)
-    assert sum(len(steps) for steps in seen) == ranks * 10
+    for one in seen:
+        assert [step["equal"] for step in one["steps"]] == [True] * 10
+        assert one["buffers_equal"], "after validation"
+        assert all(one["buffers_equal"])
+        assert not one["synchronised"], "each rank normalises its own share"
+    assert [one["features"] > 0 for one in seen] == [True] + [False] * (ranks - 1), "rank 0 alone measures features"
     assert f"{ranks} ranks" in out
     assert out.count("epoch 1/2: loss") == out.count("wrote ") == 1
     with open(tmp_path / "observations/exp_observations.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
-def run_alone(script, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, (script, *arguments))], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+@pytest.fixture
+def run_alone(call, monkeypatch):
+    """run_alone(*arguments) pretrains in this process, with batch norm in eval mode."""
+    freeze(monkeypatch.setattr)
+    torch.set_num_threads(1)
+
+    def run_alone(*arguments):
+        outcome = call("pirl_stl_train_test", *arguments)
+        assert outcome.status == 0, outcome.err
+
+    return run_alone
 
 
 def same_rows(a, b):
@@ -89,26 +105,26 @@ def same_rows(a, b):
     return True
 
 
-FROZEN = ("--lr", 0.01, "--knn-every", 0, "--bank-start", "random")
+FROZEN = ("--lr", 0.01, "--knn-every", 0)
 
 
-def test_two_ranks_end_where_one_process_ends(tiny, tmp_path):
+def test_two_ranks_end_where_one_process_ends(run_alone, tiny, tmp_path):
     """With batch norm in eval mode."""
     flags = (*tiny, *FROZEN, "--batch-negatives", "False", "--positive", "pair")
-    run_alone(WORKER, tmp_path, "frozen", *flags, "--experiment-name", "one")
+    run_alone(*flags, "--experiment-name", "one")
     run(2, WORKER, tmp_path, "frozen", *flags, "--experiment-name", "two")
     one, two = weights(tmp_path, "one"), weights(tmp_path, "two")
     assert difference(one, two) < 1e-5
     assert same_rows(one, two)
 
 
-def test_a_run_goes_from_two_ranks_to_one_and_back(tiny, tmp_path):
+def test_a_run_goes_from_two_ranks_to_one_and_back(run_alone, tiny, tmp_path):
     """With batch norm in eval mode and the whole batch's vectors as negatives: as if it had been on one throughout."""
     flags = (*tiny, *FROZEN, "--batch-negatives", "True", "--tmax-for-cos-decay", 3)
-    run_alone(WORKER, tmp_path, "frozen", *flags, "--epochs", 3, "--experiment-name", "one")
+    run_alone(*flags, "--epochs", 3, "--experiment-name", "one")
     flags = (*flags, "--experiment-name", "changing", "--resume")
     run(2, WORKER, tmp_path, "frozen", *flags, "--epochs", 1)
-    run_alone(WORKER, tmp_path, "frozen", *flags, "--epochs", 2)
+    run_alone(*flags, "--epochs", 2)
     run(2, WORKER, tmp_path, "frozen", *flags, "--epochs", 3)
     one, changing = weights(tmp_path, "one"), weights(tmp_path, "changing")
     assert difference(one, changing) < 1e-5
@@ -117,9 +133,10 @@ def test_a_run_goes_from_two_ranks_to_one_and_back(tiny, tmp_path):
 
 @pytest.fixture
 def endless(tiny, tmp_path):
-    """Two ranks in training that will not end by themselves."""
-    arguments = (*tiny, "--epochs", 500, "--experiment-name", "exp", "--knn-every", 0)
-    process = launch(2, ROOT / "pirl_stl_train_test.py", *arguments)
+    """Two ranks in the first steps of a training that will not end by itself; an epoch takes 5 s."""
+    arguments = (*tiny, "--epochs", 500, "--only-train", "--batch-size", 4, "--checkpoint-minutes", 0)
+    arguments = (*arguments, "--experiment-name", "exp", "--knn-every", 0)
+    process = launch(2, WORKER, tmp_path, "slow", *arguments)
     deadline = time.monotonic() + 90
     while not (tmp_path / "weights/exp.ckpt").exists():
         assert process.poll() is None, process.communicate()
@@ -159,16 +176,31 @@ def test_sigterm_to_all_processes_checkpoints(endless, tiny, tmp_path):
     assert "stopped in epoch" in out, err
     state = torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)
     assert not error_lines(err)
-    epochs = state["epoch"]
-    arguments = (*tiny, "--tmax-for-cos-decay", 500, "--epochs", epochs, "--experiment-name", "exp", "--knn-every", 0)
-    out = run(2, ROOT / "pirl_stl_train_test.py", *arguments, "--resume")
-    assert f"epoch {epochs}, after step {state['step']}" in out
+    epochs, step = state["progress"]["epoch"], state["progress"]["step"]
+    assert f"stopped in epoch {epochs} after step {step}" in out
+    arguments = (*tiny, "--epochs", epochs, "--only-train", "--batch-size", 4)
+    arguments = (*arguments, "--experiment-name", "exp", "--knn-every", 0)
+    out = run(2, WORKER, tmp_path, "plain", *arguments, "--resume")
+    assert "going on from" in out
+    assert f"epoch {epochs}/{epochs}: loss" in out
+
+
+def test_shares_of_less_than_two_images_are_refused(monkeypatch):
+    """Their batch norm has no statistics. A last, smaller batch may give such shares: see above."""
+    for ranks, size, accepted in ((2, 2, False), (2, 15, False), (2, 4, True), (4, 4, False), (4, 8, True)):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        args = pirl.parse_args(["--batch-size", str(size)])
+        if accepted:
+            pirl.check(args, 70)
+        else:
+            with pytest.raises(rh.UserError, match=f"--batch-size {size} .*multiple"):
+                pirl.check(args, 70)
 
 
 def test_an_error_on_one_rank_ends_all_with_its_line(tiny, tmp_path):
     status, _, err = finish(launch(2, WORKER, tmp_path, "one-fails", *tiny, "--experiment-name", "exp"), 60)
     assert status != 0
-    assert error_lines(err) == ["error: rank 1 has a problem of its own: mend it"]
+    assert error_lines(err) == ["error: rank 1 has a problem of its own: solve it"]
 
 
 def test_ranks_that_see_different_images_are_refused(tiny, tmp_path):
@@ -178,15 +210,30 @@ def test_ranks_that_see_different_images_are_refused(tiny, tmp_path):
     assert "--data-dir" in error_lines(err)[0]
 
 
-@pytest.mark.parametrize("flags", [("--batch-size", 0), ("--batch-size", 15), ("--data-dir", "nowhere")])
-def test_bad_arguments_give_one_line(tiny, flags):
-    status, _, err = finish(launch(2, ROOT / "pirl_stl_train_test.py", *tiny, *flags), 60)
+def test_bad_arguments_give_one_line(tiny):
+    """From within the job; what the parser refuses is the other test's."""
+    status, _, err = finish(launch(2, ROOT / "pirl_stl_train_test.py", *tiny, "--data-dir", "nowhere"), 60)
     assert status != 0
     assert len(error_lines(err)) == 1, err
-    assert flags[0] in err or "nowhere" in err
+    assert "nowhere" in err
 
 
-def test_fine_tuning_stays_on_one_process(tiny):
-    out = run(2, ROOT / "train_stl_after_ssl.py", *tiny)
-    assert "one process" in out
-    assert out.count("only the softmax layer, random trunk") == 1
+@pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
+def test_the_parser_speaks_on_rank_0_alone(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as end:
+        pirl.parse_args(["--batch-size", "0"])
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == lines
+    assert ("--batch-size" in err) == bool(lines)
+
+
+def test_fine_tuning_refuses_several_ranks(tiny, tmp_path):
+    status, out, err = finish(launch(2, ROOT / "train_stl_after_ssl.py", *tiny), 60)
+    assert status != 0
+    assert not out
+    assert len(error_lines(err)) == 1, err
+    assert "one process" in error_lines(err)[0]
+    assert "without torchrun" in error_lines(err)[0]
+    assert not (tmp_path / "weights").exists()

@@ -2,19 +2,22 @@
 
 import colorsys
 import csv
+import os
+import re
 import shutil
+import signal
 import time
 
+import run_helpers as rh
 import numpy as np
 import pytest
 import torch
 import torchvision
-from run_helpers import StopSignal
 from conftest import COUNTS, start_of
 from PIL import Image
 
+import models
 import pirl_stl_train_test as pirl
-from dataset_helpers import normalised
 from models import PIRL
 
 CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
@@ -22,6 +25,10 @@ CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machin
 
 def weights(tmp_path, name):
     return torch.load(tmp_path / f"weights/{name}.pt", weights_only=True)
+
+
+def checkpoint(tmp_path, name):
+    return torch.load(tmp_path / f"weights/{name}.ckpt", weights_only=True)
 
 
 def rows(tmp_path, name):
@@ -42,6 +49,34 @@ def parts_of(state):
     return {name: state[name] for name in ("trunk", "head_f", "head_g")}
 
 
+def signal_in_step(patch, number, which):
+    """The process gets a signal within its step number `which`."""
+    step, seen = pirl.Pretraining.step, []
+
+    def disturbed(*arguments):
+        seen.append(arguments)
+        if len(seen) == which:
+            os.kill(os.getpid(), number)
+        return step(*arguments)
+
+    patch.setattr(pirl.Pretraining, "step", disturbed)
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
+class Clock:
+    """In the place of `time` in run_helpers.py: each look at it comes `tick` seconds later."""
+
+    def __init__(self, tick):
+        self.now, self.tick = 0, tick
+
+    def monotonic(self):
+        self.now += self.tick
+        return self.now
+
+
 @pytest.mark.full_trunk
 def test_run_writes_what_the_readme_says(call, tiny, tmp_path):
     outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp")
@@ -59,7 +94,7 @@ def test_run_writes_what_the_readme_says(call, tiny, tmp_path):
     assert {"train_loss", "val_loss", "train_acc", "val_acc", "learning_rate"} <= set(table[0])
     assert all(float(row["val_loss"]) > 0 for row in table)
     left = {file.name for file in (tmp_path / "weights").iterdir()}
-    assert left == {"exp.pt", "exp.ckpt", "exp.previous.ckpt", ".exp.run.lock"}
+    assert left == {"exp.pt", "exp.ckpt", ".exp.run.lock"}
 
 
 @pytest.mark.parametrize(("model", "d"), [("res18", 512), ("res34", 512), ("res50", 2048)])
@@ -118,48 +153,78 @@ def test_same_seed_same_weights(call, tiny, tmp_path):
 
 
 def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch):
-    """5 steps per epoch: stopped before, in and between epochs."""
+    """5 steps per epoch: stopped in an epoch, at the end of its training and in the next."""
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "whole").status == 0
-    step = pirl.training_step
-    for stop_after in (0, 1, 4, 5, 7):
-        steps, name = [], f"halves_{stop_after}"
-
-        class StopLater(StopSignal):
-            @property
-            def number(self, steps=steps, stop_after=stop_after):
-                return 15 if len(steps) >= stop_after else None
-
-            number = number.setter(lambda self, value: None)
-
+    for number, which in ((signal.SIGTERM, 1), (signal.SIGINT, 4), (signal.SIGTERM, 5), (signal.SIGTERM, 7)):
+        name = f"halves_{which}"
         with monkeypatch.context() as patch:
-            patch.setattr(pirl, "training_step", lambda *a, steps=steps: steps.append(1) or step(*a))
-            patch.setattr(pirl, "StopSignal", StopLater)
+            signal_in_step(patch, number, which)
             outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", name)
-        assert outcome.status == 143
+        assert outcome.status == 128 + number
         assert "--resume True" in outcome.out
+        where = checkpoint(tmp_path, name)["progress"]
+        assert (where["epoch"] - 1) * 5 + where["step"] == which
         outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", name, "--resume")
         assert outcome.status == 0, outcome.err
-        assert same(parts_of(weights(tmp_path, "whole")), parts_of(weights(tmp_path, name))), stop_after
+        assert same(parts_of(weights(tmp_path, "whole")), parts_of(weights(tmp_path, name))), which
         assert rows(tmp_path, "whole") == rows(tmp_path, name)
-        whole, halves = (torch.load(tmp_path / f"weights/{n}.ckpt", weights_only=True) for n in ("whole", name))
-        assert same(whole["bank"], halves["bank"])
-        assert same(whole["optimizer"], halves["optimizer"])
+        assert same(*(checkpoint(tmp_path, n)["run"] for n in ("whole", name)))
 
 
-def test_resume_falls_back_on_the_checkpoint_before(call, tiny, tmp_path):
+@pytest.mark.parametrize("function", ["validate", "neighbours"])
+def test_a_kill_after_an_epoch_s_training_loses_nothing(call, tiny, tmp_path, monkeypatch, function):
+    """The checkpoint is written before validation and the nearest neighbours; clocks pass 20 s at every look."""
+    flags = (*tiny, "--knn-every", 1, "--experiment-name")
+    assert call("pirl_stl_train_test", *flags, "whole").status == 0
+    saved, save = [], rh.Experiment.save
+    with monkeypatch.context() as patch:
+        patch.setattr(rh, "time", Clock(20))
+        patch.setattr(pirl, function, interrupted)
+        patch.setattr(rh.Experiment, "save", lambda *a, **k: saved.append(1) or save(*a, **k))
+        assert call("pirl_stl_train_test", *flags, "killed").status == 130
+    assert len(saved) == 1, "ten minutes have not passed within the epoch"
+    assert checkpoint(tmp_path, "killed")["progress"]["step"] == 5
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 1)
+        assert call("pirl_stl_train_test", *flags, "killed", "--resume").status == 143
+    assert checkpoint(tmp_path, "killed")["progress"]["epoch"] == 2, "no step of the first epoch was made again"
+    assert call("pirl_stl_train_test", *flags, "killed", "--resume").status == 0
+    assert same(*(parts_of(weights(tmp_path, name)) for name in ("whole", "killed")))
+    assert rows(tmp_path, "whole") == rows(tmp_path, "killed")
+
+
+@pytest.mark.parametrize(("minutes", "tick", "count"), [(10, 1, 2), (10, 20, 3), (0, 1, 11), (1.5, 100, 11)])
+def test_when_checkpoints_are_written(call, tiny, monkeypatch, minutes, tick, count):
+    """Every so many minutes, at an epoch's end unless the last is younger than one, and at the end of the run."""
+    saved, save = [], rh.Experiment.save
+    monkeypatch.setattr(rh, "time", Clock(tick))
+    monkeypatch.setattr(rh.Experiment, "save", lambda *a, **k: saved.append(1) or save(*a, **k))
+    assert call("pirl_stl_train_test", *tiny, "--checkpoint-minutes", minutes).status == 0
+    assert len(saved) == count
+
+
+def test_a_kill_within_the_first_minute(call, tiny, tmp_path, monkeypatch):
+    """Once there is a row in the CSV there is a checkpoint, or the name would be taken by a run that cannot go on."""
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "whole").status == 0
-    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "hurt").status == 0
-    checkpoint = tmp_path / "weights/hurt.ckpt"
-    content = bytearray(checkpoint.read_bytes())
-    content[len(content) // 2] ^= 1
-    checkpoint.write_bytes(content)
-    (tmp_path / "weights/hurt.pt").unlink()
-    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "hurt", "--resume")
-    assert outcome.status == 0
-    assert outcome.err.startswith("warning: ")
-    assert "hurt.previous.ckpt" in outcome.err
-    assert torch.load(tmp_path / "weights/hurt.previous.ckpt", weights_only=True)["epoch"] == 2, "the good one is kept"
-    assert same(parts_of(weights(tmp_path, "whole")), parts_of(weights(tmp_path, "hurt")))
+    with monkeypatch.context() as patch:
+        patch.setattr(pirl, "report", interrupted)
+        assert call("pirl_stl_train_test", *tiny, "--experiment-name", "killed").status == 130
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "killed", "--resume")
+    assert outcome.status == 0, outcome.err
+    assert same(*(parts_of(weights(tmp_path, name)) for name in ("whole", "killed")))
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(call, tiny, tmp_path):
+    flags = (*tiny, "--experiment-name", "hurt")
+    assert call("pirl_stl_train_test", *flags).status == 0
+    file = tmp_path / "weights/hurt.ckpt"
+    whole = file.read_bytes()
+    for hurt in (whole[:-1000], whole[: len(whole) // 2] + bytes(64) + whole[len(whole) // 2 + 64 :], b""):
+        file.write_bytes(hurt)
+        assert call("pirl_stl_train_test", *flags, "--resume").is_one_line_error("hurt.ckpt", "another copy")
+        assert file.read_bytes() == hurt
+    file.write_bytes(whole)
+    assert call("pirl_stl_train_test", *flags, "--resume").status == 0
 
 
 def test_a_finished_run_resumed_changes_nothing(call, tiny, tmp_path):
@@ -195,6 +260,71 @@ def test_resume_with_other_settings_lists_them(call, tiny, tmp_path):
     assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
 
 
+def test_messages_name_no_flag_that_was_not_given(call, tiny):
+    """A changed --epochs moves --tmax-for-cos-decay too, but not in a message."""
+    flags = (*tiny, "--experiment-name", "exp")
+    assert call("pirl_stl_train_test", *flags).status == 0
+    outcome = call("pirl_stl_train_test", *flags, "--epochs", 3, "--only-train", "--resume")
+    assert outcome.is_one_line_error("--only-train was False, is True")
+    assert re.findall(r"--[a-z-]+ was", outcome.err) == ["--only-train was"]
+    outcome = call("pirl_stl_train_test", *flags, "--epochs", 3, "--resume")
+    assert outcome.status == 0
+    assert not re.findall(r"--[a-z-]+ was", outcome.out)
+
+
+def test_more_epochs_for_a_finished_run(call, tiny, tmp_path):
+    """The learning rate stays at its end; with --tmax-for-cos-decay given at first, it is as if made in one go."""
+    flags = (*tiny, "--experiment-name", "exp")
+    assert call("pirl_stl_train_test", *flags).status == 0
+    before = weights(tmp_path, "exp")
+    outcome = call("pirl_stl_train_test", *flags, "--epochs", 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "from the end of epoch 2 on" in outcome.out
+    assert [float(row["learning_rate"]) for row in rows(tmp_path, "exp")][2] == 0
+    assert torch.equal(before["trunk"]["conv1.weight"], weights(tmp_path, "exp")["trunk"]["conv1.weight"])
+
+    flags = (*tiny, "--tmax-for-cos-decay", 3, "--experiment-name")
+    assert call("pirl_stl_train_test", *flags, "whole", "--epochs", 3).status == 0
+    assert call("pirl_stl_train_test", *flags, "longer").status == 0
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "longer", "--epochs", 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert same(*(parts_of(weights(tmp_path, name)) for name in ("whole", "longer")))
+
+
+def test_precision_is_stored_resolved_and_kept(call, tiny, tmp_path, monkeypatch):
+    """auto is what the machine has where the run begins; going on elsewhere does not change the arithmetic unsaid."""
+    flags = (*tiny, "--experiment-name", "exp", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(rh, "choose_precision", lambda args, device: "bf16")  # as on most GPUs
+        assert call("pirl_stl_train_test", *flags, "--epochs", 1).status == 0
+    assert weights(tmp_path, "exp")["settings"]["precision"] == "bf16"
+    for epochs, given, precision in ((2, (), "bf16"), (3, ("--precision", "fp32"), "fp32")):
+        outcome = call("pirl_stl_train_test", *flags, "--epochs", epochs, *given)
+        assert outcome.status == 0, outcome.err
+        assert ("--precision was bf16, is fp32" in outcome.out) == bool(given)
+        assert weights(tmp_path, "exp")["settings"]["precision"] == precision
+    assert rh.choose_precision(pirl.parse_args([]), torch.device("cpu")) == "fp32"
+
+
+def test_a_line_a_minute_where_there_is_no_terminal(call, tiny, monkeypatch):
+    bar, clock = rh.tqdm, Clock(1)
+
+    def hurried(*arguments, **options):
+        assert options["mininterval"] == options["delay"] == 60
+        return bar(*arguments, **options | {"mininterval": 0, "delay": 0, "miniters": 1})
+
+    monkeypatch.setattr(rh, "tqdm", hurried)
+    monkeypatch.setattr(rh, "time", clock)
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp")
+    assert outcome.err == ""
+    lines = [line for line in outcome.out.splitlines() if line.startswith("epoch 1:")]
+    assert len(lines) >= 5
+    assert "images" in lines[-1]
+    assert "loss" in lines[-1]
+    assert len([line for line in outcome.out.splitlines() if line.startswith("epoch 1/2: loss")]) == 1
+    assert "\r" not in outcome.out
+
+
 def test_warm_start(call, tiny, tmp_path):
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "first").status == 0
     # one more epoch under a name of its own, with a learning rate of 0: the weights are the first run's
@@ -206,49 +336,71 @@ def test_warm_start(call, tiny, tmp_path):
     assert torch.equal(first["trunk"]["conv1.weight"], second["trunk"]["conv1.weight"])
     assert [row["epoch"] for row in rows(tmp_path, "second")] == ["2"]
     # and under its own name: the CSV goes on
+    before = rows(tmp_path, "first")[:1]
     outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "first", "--warm-start", "--cont-epoch", 2)
     assert outcome.status == 0, outcome.err
     assert [row["epoch"] for row in rows(tmp_path, "first")] == ["1", "2"]
-    assert not same(first["trunk"], weights(tmp_path, "first")["trunk"])
+    assert rows(tmp_path, "first")[:1] == before
+    after = weights(tmp_path, "first")
+    assert not same(first["trunk"], after["trunk"])
+    assert all(value is None or type(value) in (int, float) for row in after["rows"] for value in row.values())
+    assert [row["epoch"] for row in after["rows"]] == [1, 2]
 
 
-@pytest.mark.parametrize("bank", ["features", "random", "visited"])
-def test_a_warm_start_under_its_own_name_resumes_itself(call, tiny, tmp_path, monkeypatch, bank):
-    """Killed before its first step, it goes on from its own beginning and not from what the earlier run left."""
-    flags = (*tiny, "--bank-start", bank, "--experiment-name")
-    again = ("--warm-start", "--cont-epoch", 2, "--lr", 0.1)
-    assert call("pirl_stl_train_test", *flags, "exp").status == 0
-    shutil.copytree(tmp_path / "weights", tmp_path / "saved")
-    outcome = call("pirl_stl_train_test", *flags, "exp", *again)
-    assert outcome.status == 0, outcome.err
+def earlier_run_s(tmp_path):
+    """A copy of the files of the run `exp`, and a function that brings them back."""
+    saved = shutil.copytree(tmp_path / "weights", tmp_path / "saved")
+    return lambda: [shutil.copy(file, tmp_path / "weights") for file in saved.glob("exp.*")]
+
+
+WARM = ("--warm-start", "--cont-epoch", 2)
+
+
+def test_a_warm_started_run_resumes_itself(call, tiny, tmp_path, monkeypatch):
+    """Killed before or after its first step, it goes on from its own beginning, without the flags of a warm start."""
+    flags = (*tiny, "--lr", 0.1, "--experiment-name", "exp")
+    assert call("pirl_stl_train_test", *flags).status == 0
+    bring_back = earlier_run_s(tmp_path)
+    assert call("pirl_stl_train_test", *flags, *WARM).status == 0
     whole = weights(tmp_path, "exp")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    for function in ("start_bank", "training_step"):
-        for file in (tmp_path / "saved").iterdir():
-            shutil.copy(file, tmp_path / "weights")
+    for killed in ("before", "after"):
+        bring_back()
         with monkeypatch.context() as patch:
-            patch.setattr(pirl, function, killed)
-            assert call("pirl_stl_train_test", *flags, "exp", *again).status == 130
-        assert not (tmp_path / "weights/exp.previous.ckpt").exists(), "it is the earlier run's"
-        outcome = call("pirl_stl_train_test", *flags, "exp", *again, "--resume")
+            if killed == "before":
+                patch.setattr(pirl.Pretraining, "step", interrupted)
+            else:
+                signal_in_step(patch, signal.SIGINT, 1)
+            assert call("pirl_stl_train_test", *flags, *WARM).status == 130
+        outcome = call("pirl_stl_train_test", *flags, "--resume")
         assert outcome.status == 0, outcome.err
-        assert same(whole["trunk"], weights(tmp_path, "exp")["trunk"])
+        assert same(parts_of(whole), parts_of(weights(tmp_path, "exp")))
         assert [row["epoch"] for row in rows(tmp_path, "exp")] == ["1", "2"]
+        assert weights(tmp_path, "exp")["settings"]["warm_start"] is True
 
 
-@pytest.mark.parametrize(
-    "rows",
-    ["", "a,b\n1,2\n", "epoch\nx\n", "epoch\n1\n", "epoch\n\xff\n", "epoch\n" + "1" * 200_000, "{head}\n1,x,,,,,,,\n"],
-)
-def test_a_warm_start_under_a_csv_that_is_none(call, tiny, tmp_path, rows):
+def test_a_warm_start_does_not_resume_the_run_before_it(call, tiny, tmp_path, monkeypatch):
+    """Killed before it has written anything, --resume finds the earlier run's checkpoint, which is not its own."""
+    flags = (*tiny, "--experiment-name", "exp")
+    assert call("pirl_stl_train_test", *flags).status == 0
+    before = (tmp_path / "weights/exp.ckpt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "read_weights", interrupted)
+        assert call("pirl_stl_train_test", *flags, *WARM).status == 130
+    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
+    outcome = call("pirl_stl_train_test", *flags, *WARM, "--resume")
+    assert outcome.is_one_line_error("--warm-start was False, is True")
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "epoch\n\xff\n"])
+def test_a_warm_start_needs_no_csv(call, tiny, tmp_path, content):
+    """The rows before it are those of the model's own record, whatever has become of the CSV."""
     assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
-    path = tmp_path / "observations/exp_observations.csv"
-    path.write_bytes(rows.format(head=",".join(pirl.COLUMNS)).encode("latin1"))
-    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", "--warm-start", "--cont-epoch", 2)
-    assert outcome.status == 0 if not rows else outcome.is_one_line_error("exp_observations.csv")
+    before, path = rows(tmp_path, "exp"), tmp_path / "observations/exp_observations.csv"
+    path.write_bytes(content.encode("latin1"))
+    outcome = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp", *WARM)
+    assert outcome.status == 0, outcome.err
+    assert [row["epoch"] for row in rows(tmp_path, "exp")] == ["1", "2"]
+    assert rows(tmp_path, "exp")[:1] == before
 
 
 @pytest.mark.parametrize(
@@ -256,24 +408,30 @@ def test_a_warm_start_under_a_csv_that_is_none(call, tiny, tmp_path, rows):
     [
         ("--only-train",),
         ("--loss", "nce", "--non-linear-head", "yes"),
-        ("--positive", "pair", "--bank-start", "random", "--count-negatives", 20),
+        ("--positive", "pair", "--count-negatives", 20),
         ("--precision", "bf16", "--image-size", 55, "--beta", 0, "--loss-weight", 0.3, "--tmax-for-cos-decay", 5),
-        ("--batch-negatives", "--bank-start", "visited", "--decay-norms", "no", "--crop-area", 0.5, "--hue", 0),
-        ("--colour-strength", 0, "--patch-colour-strength", 0.5, "--deterministic"),
-        ("--batch-size", 23, "--val-images", 5, "--warmup-steps", 0, "--temp-parameter", 0.01),
+        ("--batch-negatives", "no", "--zero-init", "False", "--crop-area", 0.5),
+        ("--colour-strength", 0, "--deterministic"),
+        ("--batch-size", 23, "--warmup-steps", 0, "--temp-parameter", 0.01),
     ],
 )
 def test_flags(call, tiny, tmp_path, flags):
     outcome = call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp", *flags)
     assert outcome.status == 0, outcome.err
-    state = torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)
-    assert state["bank"].dtype == torch.float32
-    torch.testing.assert_close(state["bank"].norm(dim=1), torch.ones(len(state["bank"])))
+    bank = checkpoint(tmp_path, "exp")["run"]["bank"]["vectors"]
+    assert bank.dtype == torch.float32
+    assert len(bank) == COUNTS["unlabelled"]
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(len(bank)))
     if flags[0] == "--only-train":
         assert f"{COUNTS['unlabelled']} training images" in outcome.out
         assert rows(tmp_path, "exp")[0]["val_loss"] == ""
-    if "--val-images" in flags:
-        assert len(state["bank"]) == 75
+
+
+def test_at_most_so_many_images_validate(tiny, monkeypatch):
+    monkeypatch.setattr(pirl.dh, "VALIDATION_IMAGES", 7)
+    run, all_of_them = start_of(tiny), start_of([*tiny, "--only-train"])
+    assert (run.train_count, len(run.images)) == (70, 77)
+    assert all_of_them.train_count == len(all_of_them.images) == 100
 
 
 def test_bf16_on_cpus(tiny):
@@ -282,28 +440,20 @@ def test_bf16_on_cpus(tiny):
         gradients = []
         for precision in ("fp32", "bf16"):
             run = start_of([*tiny, "--precision", precision, "--image-size", side])
-            run.model.train()
-            pirl.training_step(run, torch.arange(16), pirl.view_draws(run, 1))
+            run.step(torch.arange(16), run.view_draws(1), 1, 0)
             gradients.append(torch.cat([parameter.grad.flatten() for parameter in run.model.parameters()]))
         assert torch.cosine_similarity(*gradients, dim=0) > 0.95  # bf16 has 8 bits
 
 
-def test_default_batch_size(call, tiny, tmp_path):
-    """128, unless the run would have less than 1,000 steps; the same when it is resumed and lengthened."""
-    sizes = {(70_000, 100): 128, (4_000, 32): 128, (4_000, 31): 64, (4_000, 8): 32, (2_000, 1): 32, (20, 1): 20}
-    assert {run: pirl.default_batch_size(*run) for run in sizes} == sizes
-    place = tiny.index("--batch-size")
-    flags = [*tiny[:place], *tiny[place + 2 :], "--experiment-name", "exp", "--tmax-for-cos-decay", 2]
-    assert "3 steps of 32 per epoch" in call("pirl_stl_train_test", *flags).out
-    assert weights(tmp_path, "exp")["settings"]["batch_size"] == 32
-    longer = call("pirl_stl_train_test", *flags, "--epochs", 3, "--resume")
-    assert longer.status == 0, longer.err
+def rates_of(*flags, steps=5):
+    args = pirl.parse_args(["--epochs", "10", "--lr", "0.4", "--warmup-steps", "10", *flags])
+    pirl.settle(args, torch.device("cpu"), None)
+    epochs = range(args.cont_epoch, args.epochs + 1)
+    return [pirl.learning_rate(args, epoch, step, steps) for epoch in epochs for step in range(steps)]
 
 
 def test_learning_rate_schedule():
-    args = pirl.parse_args(["--epochs", "10", "--lr", "0.4", "--warmup-steps", "10"])
-    assert args.tmax_for_cos_decay == 10
-    rates = [pirl.learning_rate(args, epoch, step, 5) for epoch in range(1, 11) for step in range(5)]
+    rates = rates_of()
     assert rates[0] == pytest.approx(0.04, rel=1e-3)
     assert rates[25] == pytest.approx(0.2)  # half-way down the cosine
     assert rates[-1] < 0.001
@@ -317,36 +467,34 @@ def test_learning_rate_schedule():
         cosine.step()
 
 
-def test_bank_starts_from_features_of_whole_images(call, tiny):
-    run = start_of(tiny)
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    pirl.start_bank(run)
-    assert same(before, dict(run.model.state_dict()))
-    model = PIRL("res18")
-    model.load_state_dict(run.model.state_dict())
-    with torch.no_grad():
-        f = model.train().head_f(model.trunk(normalised(run.images[16:32])))  # a batch of its own statistics
-    torch.testing.assert_close(run.bank.vectors[16:32], torch.nn.functional.normalize(f), rtol=1e-3, atol=1e-4)
+def test_the_learning_rate_stays_at_its_end():
+    rates = rates_of("--tmax-for-cos-decay", "6")
+    assert rates[29] > 0
+    assert rates[30:] == [0] * 20
+    assert rates[:30] == [pytest.approx(rate) for rate in rates_of("--tmax-for-cos-decay", "6", "--epochs", "6")]
 
 
-def test_compiled_code_serves_full_batches_alone(tiny):
+def test_a_warm_start_has_a_warm_up():
+    plain, warm = rates_of(), rates_of("--warm-start", "True", "--cont-epoch", "4")
+    assert warm == [pytest.approx(rate * min(1, (i + 1) / 10)) for i, rate in enumerate(plain[15:])]
+
+
+def test_compiled_code_serves_full_batches_alone(tiny, data_dir):
     """Of a 16, a smaller last batch, validation and the monitor only the first: once for images, once for patches."""
-    run, compiled = start_of([*tiny, "--val-images", 16]), []
+    run, compiled = start_of(tiny), []
 
     def backend(graph, inputs):
         compiled.append([tuple(value.shape) for value in inputs if value.ndim == 4 and value.shape[1] == 3])
         return graph.forward
 
     run.model.trunk.compile(backend=backend, dynamic=False)
-    draws, stop = pirl.view_draws(run, 1), StopSignal()
+    draws, labelled = run.view_draws(1), pirl.load_monitor(run.args, run.device)
     try:
         for _ in range(2):
-            run.model.train()
-            for index in (torch.arange(16), torch.arange(16, 22), torch.arange(16, 32)):
-                pirl.training_step(run, index, draws)
-            run.epoch = run.args.epochs  # the monitor is due
-            pirl.monitor(run, None, stop)
-            pirl.validate(run, None, stop)
+            for step, index in enumerate((torch.arange(16), torch.arange(16, 22), torch.arange(16, 32))):
+                run.step(index, draws, 1, step)
+            pirl.neighbours(run, labelled)
+            pirl.validate(run, draws, 1)
     finally:
         torch._dynamo.reset()
     assert sorted(shape for shapes in compiled for shape in shapes if shape[0] in (16, 144)) == [
@@ -359,19 +507,16 @@ def test_compiled_code_serves_full_batches_alone(tiny):
 def test_nothing_flows_into_the_bank(tiny):
     """Two steps: what the first has put into the bank is a negative of the second, and carries no gradient."""
     run = start_of(tiny)
-    run.model.train()
-    for run.step, index in enumerate(torch.arange(32).split(16)):
-        pirl.training_step(run, index, pirl.view_draws(run, 1))
+    for step, index in enumerate(torch.arange(32).split(16)):
+        run.step(index, run.view_draws(1), 1, step)
         assert not run.bank.vectors.requires_grad
         assert all(parameter.grad.abs().sum() > 0 for parameter in run.model.head_f.parameters())
 
 
 def test_each_image_is_visited_once_per_epoch_in_another_order(call, tiny, monkeypatch, tmp_path):
     visited = []
-    step = pirl.training_step
-    monkeypatch.setattr(
-        pirl, "training_step", lambda run, index, draws: visited.append(index) or step(run, index, draws)
-    )
+    step = pirl.Pretraining.step
+    monkeypatch.setattr(pirl.Pretraining, "step", lambda *a: visited.append(a[1]) or step(*a))
     assert call("pirl_stl_train_test", *tiny, "--experiment-name", "exp").status == 0
     first, second = torch.cat(visited[:5]), torch.cat(visited[5:])
     assert first.sort().values.equal(torch.arange(70))
@@ -399,23 +544,9 @@ def test_overfits_64_images(call, tmp_path):
     started = time.process_time()
     outcome = call(
         *("pirl_stl_train_test", "--data-dir", tmp_path / "data", "--only-train", "--image-size", 48),
-        *(
-            "--device",
-            "cpu",
-            "--batch-size",
-            64,
-            "--epochs",
-            45,
-            "--tmax-for-cos-decay",
-            70,
-            "--lr",
-            0.7,
-            "--warmup-steps",
-            20,
-            "--experiment-name",
-            "overfit",
-        ),
-        *("--bank-start", "random", "--beta", 0.99, "--loss-weight", 0.9),  # the same 64 targets throughout
+        *("--device", "cpu", "--batch-size", 64, "--epochs", 45, "--tmax-for-cos-decay", 70, "--lr", 0.7),
+        *("--warmup-steps", 20, "--experiment-name", "overfit"),
+        *("--beta", 0.99, "--loss-weight", 0.9),  # the same 64 targets throughout
         *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
     )
     assert outcome.status == 0, outcome.err

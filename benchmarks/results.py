@@ -85,7 +85,7 @@ def finished_run(module, folder, name, flags):
     chosen |= {key: then.get(key) for key in ("precision", "stem")}
     asked |= {key: value for key, value in chosen.items() if key in asked and asked[key] in (None, "auto")}
     free = module.MAY_DIFFER - {"epochs", "full_fine_tune"}
-    if differ := [key for key in asked if key not in free and asked[key] != then.get(key)]:
+    if differ := [key for key in asked if key not in free - {"tmax_for_cos_decay"} and asked[key] != then.get(key)]:
         raise rh.UserError(f"{weights} was made with another {', '.join(differ)}: remove {folder} to run all anew")
     return content
 

@@ -6,6 +6,7 @@ is a row of numbers, uniform in [0, 1): a function of (seed, epoch, image), what
 
 import contextlib
 import math
+import os
 import re
 import warnings
 import zlib
@@ -37,10 +38,10 @@ def image_files(folder):
     """All images of a folder, at any depth, in natural order. Hidden files are skipped; other files get a note."""
     if not folder.is_dir():
         raise rh.UserError(f"{folder} does not exist: give the folder of your images, or run stl10_data_load.py first")
-    paths = [path for path in folder.rglob("*") if path.is_file()]
+    paths = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    files = [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
-    others = sorted(path.name for path in paths if path.suffix.lower() not in IMG_EXTENSIONS)
+    files = [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()]
+    others = sorted(path.name for path in set(paths).difference(files))
     if others:
         more = ", …" if len(others) > 3 else ""
         print(f"note: {len(others)} files in {folder} are no images and are not used ({', '.join(others[:3])}{more})")
@@ -124,7 +125,7 @@ def load_labelled(folder, side, device, classes=None):
         raise rh.UserError(f"{folder / unknown[0]} is a class without training images: remove it, or add some")
     classes = classes or names
     found = [(file, classes.index(name)) for name in names for file in image_files(folder / name)]
-    if len(classes) < 2:
+    if len(classes) < 2 or not found:
         needs = "images of two or more classes, each in a folder"
         raise rh.UserError(f"{folder} holds no images, or of one class: add {needs}, or run stl10_data_load.py first")
     found.sort(key=lambda pair: (natural(pair[0].name), pair[1]))

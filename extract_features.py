@@ -42,7 +42,8 @@ def main():
     settings = weights["settings"]
     if args.out.suffix == ".csv" and "softmax_layer" not in weights:
         raise rh.UserError(f"{path} has no softmax layer, so it predicts nothing: use --out features.npz")
-    trunk, dimension = models.make_trunk(settings.get("model_type", "res18"), settings.get("stem") or "imagenet")
+    model_type = settings.get("model_type") or models.model_type_of(weights["trunk"])
+    trunk, dimension = models.make_trunk(model_type, settings.get("stem") or "imagenet")
     network = models.Classifier(trunk, dimension, len(weights.get("classes", "1")))
     parts = {name: getattr(network, name) for name in ("trunk", "softmax_layer") if name in weights}
     models.load_weights(parts, weights, path)

@@ -167,6 +167,11 @@ def read_weights(name, weights_dir):
         return path, known | {"trunk": state["trunk"], "settings": dict(state["settings"])}
 
 
+def model_type_of(trunk):
+    """Which of TRUNKS a state dict with torchvision's names is of."""
+    return "res50" if "layer1.0.conv3.weight" in trunk else "res34" if "layer1.2.conv1.weight" in trunk else "res18"
+
+
 def load_weights(modules, weights, path):
     """Give each of `modules`, a dict by the names in PARTS, its state dict; say which parts of the file are used."""
     advice = "give the --model-type, --stem and --non-linear-head that it was made with"

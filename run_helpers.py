@@ -57,16 +57,15 @@ def run_script(main):
 
 def end(line, status=1):
     """End the process with one line on standard error; of several ranks, the first to come here prints its line."""
-    first = rank() == 0
-    with contextlib.suppress(KeyError, RuntimeError):  # the launcher's store counts the ranks that have ended
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        first = store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    first, several = rank() == 0, world_size() > 1
+    with contextlib.suppress(KeyError, RuntimeError):
+        if several:  # the launcher's store counts the ranks that have ended
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+            first = store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     if first:
         print("error:", " ".join(line.splitlines()), file=sys.stderr, flush=True)
-    if world_size() > 1:
-        os._exit(status)  # the interpreter's own end would wait for ranks that are gone
-    sys.exit(status)
+    (os._exit if several else sys.exit)(status)  # the interpreter's own end would wait for ranks that are gone
 
 
 def first_line(error):
@@ -120,8 +119,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=style, allow_abbrev=False)
 
     def error(self, message):
-        message = " ".join(message.splitlines())
-        self.exit(2, f"error: {message}: see {self.prog} --help\n" if rank() == 0 else None)
+        self.exit(2, f"error: {' '.join(message.splitlines())}: see {self.prog} --help\n" if rank() == 0 else None)
 
 
 def switch(default):
@@ -143,6 +141,13 @@ def between(kind, low, high=10**9):
         return value
 
     return number
+
+
+def file_to_write(text):
+    path = Path(text)
+    if path.name in ("", "..") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return path
 
 
 def experiment_name(text):
@@ -239,7 +244,8 @@ def whole_file(path, mode="wb"):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
+        with open(part, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -345,16 +351,15 @@ class Experiment:
             progress.load_state_dict(state["progress"])
 
     def save(self, checksum, run, progress, **more):
-        """Write the checkpoint."""
         if rank() == 0:
             state = {"kind": self.kind, "settings": settings_of(self.args), "images": checksum, **more}
             save_whole({**state, "run": run.state_dict(), "progress": progress.state_dict()}, self.checkpoint)
 
     def export(self, parts, rows, device, **more):
         """Write the finished model: the state dicts of its parts, and how they came about."""
-        record = {"settings": settings_of(self.args), "rows": rows, "machine": machine(device), **more}
-        kind = self.kind.replace("checkpoint", "weights")
-        save_whole({"kind": kind, **{name: cpu_state(part) for name, part in parts.items()}, **record}, self.model)
+        state = {name: cpu_state(part) for name, part in parts.items()} | {"settings": settings_of(self.args)}
+        state |= {"kind": self.kind.replace("checkpoint", "weights"), "rows": rows, "machine": machine(device)}
+        save_whole(state | more, self.model)
 
     def write_rows(self, rows):
         """All epochs so far, a dict each, as the CSV."""
@@ -363,9 +368,6 @@ class Experiment:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-
-
-# ---- While it runs ---------------------------------------------------------------------------------------------------
 
 
 class Lines(io.TextIOBase):
@@ -452,8 +454,7 @@ class Progress:
         """(number of a signal or 0, whether rank 0 wants a checkpoint): the same on all ranks."""
         if world_size() == 1:
             return self.signal, due
-        # On GPUs the ranks ask one another at every 16th step only: their hosts need not run in step.
-        if self.device.type == "cuda" and self.step % 16 and not at_end:
+        if self.device.type == "cuda" and self.step % 16 and not at_end:  # the hosts of GPUs need not run in step
             return 0, False
         flags = torch.tensor([self.signal, due and rank() == 0], dtype=torch.int32)
         distributed.all_reduce(flags, distributed.ReduceOp.MAX)
@@ -462,13 +463,12 @@ class Progress:
     def means(self):
         """(mean loss, share of hits) of the epoch so far. Ends the run if a loss or a weight is not finite."""
         done = self.sums[: self.step].cpu()
-        bad = (~done.isfinite()).any(1).nonzero().flatten().tolist()
-        if not torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all():
-            bad.append(self.step - 1)
-        if bad:
+        finite = done.isfinite().all(1)
+        finite[-1:] &= torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all().cpu()
+        if not finite.all():
             file = self.args.weights_dir / f"{self.args.experiment_name}.ckpt"
             kept = f"the last checkpoint, {file}, is good" if file.exists() else "there is no checkpoint yet"
-            where = f"{self.title} {self.epoch}, step {bad[0] + 1}"
+            where = f"{self.title} {self.epoch}, step {finite.tolist().index(False) + 1}"
             raise UserError(f"the loss is not finite in {where}: {self.advice} ({kept})")
         return (done.double().sum(0) / min(self.step * self.args.batch_size, self.images)).tolist()
 

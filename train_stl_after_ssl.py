@@ -11,7 +11,6 @@ import shlex
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import run_helpers as rh
@@ -63,7 +62,7 @@ def parse_args(argv=None):
     add("--patience-for-lr-decay", type=number(int, 0), default=10, help=patience)
     add = parser.add_argument_group("results").add_argument
     add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
-    add("--neighbours", type=Path, help="a picture to write: test images with the nearest training images")
+    add("--neighbours", type=rh.file_to_write, help="a picture to write: test images with the nearest training images")
     return parser.parse_args(argv)
 
 
@@ -385,7 +384,7 @@ def add_to_results(results, name, table):
     with filelock.FileLock(results.with_name(".results.lock")):  # other runs write their tables here too
         text = results.read_text("utf-8", "surrogateescape") if results.is_file() else ""
         if f"## {name}\n" not in text or table not in text[text.rindex(f"## {name}\n") :]:
-            text += f"## {name}\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: `{command}`\n\n{table}\n"
+            text += f"## {name}\n\n{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC: `{command}`\n\n{table}\n"
             with rh.whole_file(results) as file:
                 file.write(text.encode("utf-8", "surrogateescape"))
 

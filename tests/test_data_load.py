@@ -285,6 +285,14 @@ def test_archives_that_leave_their_folder_are_refused(call, raw_dir, tmp_path, m
     assert not (raw / "stl10_binary").exists()
 
 
+def test_an_absolute_path_in_an_archive_stays_in_its_folder(call, raw_dir, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "stl10_binary.tar.gz").write_bytes(archive_of(raw_dir, hostile(f"{tmp_path}/outside", size=1)))
+    assert call("stl10_data_load", "--raw-dir", raw, "--data-dir", tmp_path / "data").status == 0
+    assert not list(tmp_path.rglob("outside"))
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b" + b"\0" * 40], ids=["empty", "text", "gzip"])
 def test_what_is_no_archive(call, tmp_path, content):
     archive = tmp_path / "stl10_binary.tar.gz"

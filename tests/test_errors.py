@@ -1,6 +1,7 @@
 """Bad input gets one line on standard error, status 1 (2 for usage), and nothing that was there is lost."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,8 @@ import torch
 from conftest import ROOT, start
 
 import models
+import pirl_stl_train_test as pirl
+import train_stl_after_ssl
 
 SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
 
@@ -45,6 +48,8 @@ def test_usage_errors(call, script):
         ("--only-train", "maybe"),
         ("--experiment-name", "../x"),
         ("--experiment-name", "x\ny"),
+        ("--epochs", "9" * 400),
+        ("--device", "mps"),
         ("--no-such\nflag",),
         ("--image-size", 20),
         ("--cont-epoch", 3),
@@ -70,8 +75,6 @@ def test_help_names_every_default_in_groups(call, script):
     ("text", "value"), [("True", True), ("yes", True), ("1", True), ("FALSE", False), ("no", False), ("0", False)]
 )
 def test_booleans_mean_what_they_say(text, value):
-    import pirl_stl_train_test as pirl
-
     assert pirl.parse_args(["--only-train", text]).only_train is value
     assert pirl.parse_args(["--only-train", "--resume"]).only_train is True
 
@@ -174,7 +177,6 @@ def test_a_folder_that_cannot_be_made(call, tiny, tmp_path):
         assert outcome.is_one_line_error("file", "File exists")
 
 
-@pytest.mark.full_trunk
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, tmp_path):
     """RLIMIT_FSIZE stands in for the disk: the second run's checkpoints do not fit."""
     assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0
@@ -183,9 +185,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, t
 
     def small_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, 50_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
 
-    process = start("pirl_stl_train_test", *longer, preexec_fn=small_disk)
+    process = start("tests/thin_script", "pirl_stl_train_test", *longer, preexec_fn=small_disk)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert err.startswith("error: ")
@@ -197,9 +199,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, t
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals(call, tiny, tmp_path, number, status):
-    process = start(
-        "pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp", "--checkpoint-minutes", 0
-    )
+    long = ("--epochs", 500, "--experiment-name", "exp", "--checkpoint-minutes", 0)
+    process = start("tests/thin_script", "pirl_stl_train_test", *tiny, *long)
     wait_for(tmp_path / "weights/exp.ckpt", process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -220,9 +221,8 @@ def test_interrupted_before_training(capsys):
 
 
 def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
-    process = start(
-        "pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp", "--checkpoint-minutes", 0
-    )
+    long = ("--epochs", 500, "--experiment-name", "exp", "--checkpoint-minutes", 0)
+    process = start("tests/thin_script", "pirl_stl_train_test", *tiny, *long)
     wait_for(tmp_path / "weights/exp.ckpt", process)
     for flags in ((), ("--resume",)):
         outcome = call("pirl_stl_train_test", *tiny, "--epochs", 500, "--experiment-name", "exp", *flags)
@@ -250,10 +250,12 @@ def test_too_little_free_disk_for_the_images(call, raw_dir, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("script", "flag"), [(SCRIPTS[1], ("--only-train",)), (SCRIPTS[2], ("--full-fine-tune",))])
-@pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "cut"])
-def test_bad_images_are_named(call, tiny, own_data, script, flag, content):
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "bomb"])
+def test_bad_images_are_named(call, tiny, own_data, script, flag, kind):
     image = own_data / ("unlabelled/3.png" if script == SCRIPTS[1] else "train/4/3.png")
-    image.write_bytes(image.read_bytes()[:500] if content is None else content)
+    good = image.read_bytes()
+    bomb = good[:16] + (60000).to_bytes(4, "big") * 2 + good[24:]  # width and height
+    image.write_bytes({"empty": b"", "text": b"no image", "cut": good[:500], "bomb": bomb}[kind])
     assert call(script, *tiny, "--data-dir", own_data, *flag).is_one_line_error(image)
 
 
@@ -264,14 +266,21 @@ def test_numbers_that_do_not_go_with_the_images(call, tiny):
 
 
 @pytest.mark.parametrize("broken", ["loss", "weights"])
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_a_run_that_diverges_keeps_its_last_checkpoint(call, tiny, tmp_path, monkeypatch, script, broken):
+@pytest.mark.parametrize(
+    ("script", "run_class", "more"),
+    [
+        (SCRIPTS[1], pirl.Pretraining, ("--knn-every", 0)),
+        (SCRIPTS[1], pirl.Pretraining, ("--knn-every", 0, "--loss", "nce")),
+        (SCRIPTS[2], train_stl_after_ssl.FineTuning, ("--full-fine-tune",)),
+    ],
+    ids=["pretraining", "nce", "fine-tuning"],
+)
+def test_a_run_that_diverges_keeps_its_last_checkpoint(
+    call, tiny, tmp_path, monkeypatch, script, run_class, more, broken
+):
     """In the third step of the second epoch the weights are lost, before the loss sees them or after."""
-    module = sys.modules[script]
-    run_class = getattr(module, {"pirl_stl_train_test": "Pretraining", "train_stl_after_ssl": "FineTuning"}[script])
     step, calls = run_class.step, []
-    flags = (*tiny, "--experiment-name", "exp", "--checkpoint-minutes", 0, "--full-fine-tune", "--knn-every", 0)
-    flags = flags[:-2] if script == SCRIPTS[2] else (*flags[:-3], *flags[-2:])
+    flags = (*tiny, "--experiment-name", "exp", "--checkpoint-minutes", 0, *more)
 
     def poisoned(run, *arguments):
         calls.append(1)
@@ -350,12 +359,29 @@ def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(capsys):
         ends_with(RuntimeError("a bug"))
 
 
-def test_unix_only_modules_are_not_imported():
-    """fcntl, resource and os.sched_getaffinity do not exist on Windows or macOS."""
-    code = "import sys, os; sys.modules.update(fcntl_probe=None); os.__dict__.pop('sched_getaffinity', None)\n"
+@pytest.mark.parametrize("picture", ["", ".", "..", "/", "folder"])
+def test_a_picture_that_cannot_be_written_is_refused_before_training(call, tiny, tmp_path, picture):
+    (tmp_path / "folder").mkdir()
+    picture = tmp_path / picture if picture == "folder" else picture
+    outcome = call("train_stl_after_ssl", *tiny, "--experiment-name", "exp", "--neighbours", picture)
+    assert outcome.is_one_line_error("--neighbours", status=2)
+    assert not (tmp_path / "weights/exp.pt").exists()
+
+
+def test_an_experiment_named_like_the_table(call, tiny):
+    """Each has a lock, in the same folder."""
+    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "results").status == 0
+
+
+def test_a_terminal_that_lacks_our_signs():
+    command = [sys.executable, ROOT / "pirl_stl_train_test.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "\\u03c4: the temperature" in done.stdout
+
+
+def test_what_only_unix_has_is_not_used():
+    """fcntl, resource and os.sched_getaffinity do not exist on Windows, the last not on macOS either."""
     for file in ROOT.glob("*.py"):
-        text = file.read_text()
-        for name in ("import fcntl", "import resource", "sched_getaffinity", "os.fork", "SIGALRM"):
-            assert name not in text, (file.name, name)
-    done = subprocess.run([sys.executable, "-c", code + "import train_stl_after_ssl, pirl_stl_train_test"], cwd=ROOT)
-    assert done.returncode == 0
+        names = ("import fcntl", "import resource", "sched_getaffinity", "os.fork", "SIGALRM")
+        assert not re.search("|".join(map(re.escape, names)), file.read_text()), file.name

@@ -1,6 +1,8 @@
 """Any folder of images, any classes, any weights to start from; features of them."""
 
 import csv
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, ThinResNet18
 from PIL import Image
 
 import dataset_helpers as dh
+import pirl_stl_train_test as pirl
+import train_stl_after_ssl
 
 FORMATS = [("JPEG", ".jpg"), ("PNG", ".PNG"), ("BMP", ".bmp"), ("TIFF", ".tif"), ("WEBP", ".webp"), ("PPM", ".ppm")]
 SIZES = [(96, 96), (300, 200), (50, 120), (64, 64)]
@@ -69,6 +74,17 @@ def test_every_image_of_a_folder_is_used(call, tmp_path, capsys):
     assert "40 training images" in outcome.out
     folder.rename(tmp_path / "unlabeled")
     assert dh.unlabelled_folder(tmp_path) == tmp_path / "unlabeled"
+
+
+def test_links_are_followed_and_what_is_no_file_is_counted(tmp_path, capsys):
+    write_image(tmp_path / "elsewhere/1.png", 1)
+    write_image(tmp_path / "photos/2.png", 2)
+    (tmp_path / "photos/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/gone.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "photos/pipe.png")  # reading it would wait for ever
+    files = dh.image_files(tmp_path / "photos")
+    assert [str(file.relative_to(tmp_path / "photos")) for file in files] == ["2.png", "more/1.png"]
+    assert "note: 2 files" in capsys.readouterr().out
 
 
 def test_natural_order():
@@ -156,15 +172,59 @@ def test_unreadable_images_are_named_at_once(call, flags, zoo):
         (zoo / f"unlabelled/{i}.png").write_bytes(b"no image")
     outcome = call("pirl_stl_train_test", *flags, "--only-train")
     assert outcome.is_one_line_error("and 2 more")
-    assert outcome.err.count("no image") + outcome.err.count("unlabelled/") >= 10
+    named = {i for i in range(24) if re.search(rf"unlabelled/{i}\.png \(", outcome.err)}
+    assert len(named) == 10
+    assert named < set(range(12))
 
 
 def test_images_that_do_not_fit_in_memory(call, flags, monkeypatch):
     monkeypatch.setattr(dh, "free_memory", lambda device: 24 * 3 * 50**2)
-    outcome = call("pirl_stl_train_test", *flags, "--image-size", 96, "--only-train")
-    assert outcome.is_one_line_error("24 images", "--image-size 50 or smaller")
+    for side in (51, 96):
+        outcome = call("pirl_stl_train_test", *flags, "--image-size", side, "--only-train")
+        assert outcome.is_one_line_error(f"24 images of {side} × {side}", "--image-size 50 or smaller", "0.00018 GB")
+    outcome = call("train_stl_after_ssl", *flags, "--image-size", 51)
+    assert outcome.is_one_line_error("42 images of 51 × 51", "--image-size 37 or smaller")
     monkeypatch.setattr(dh, "free_memory", lambda device: 1000)
     assert call("pirl_stl_train_test", *flags, "--only-train").is_one_line_error("fewer images")
+    monkeypatch.setattr(dh, "free_memory", lambda device: 24 * 3 * 50**2)
+    assert call("pirl_stl_train_test", *flags, "--image-size", 50, "--only-train", "--knn-every", 0).status == 0
+
+
+OTHER_SYSTEM = """
+import builtins, io, json, os, sys
+sys.modules["fcntl"] = None
+del os.sched_getaffinity
+os.process_cpu_count = os.cpu_count  # of later versions; it would use the former
+def without_proc(path, *rest, plain=open, **options):
+    if str(path).startswith("/proc"):
+        raise FileNotFoundError(2, "No such file or directory", path)
+    return plain(path, *rest, **options)
+builtins.open = io.open = without_proc
+
+import run_helpers as rh
+from conftest import SCRIPTS, ThinResNet18
+import models
+models.TRUNKS["res18"] = ThinResNet18
+for sys.argv in json.loads(sys.argv[1]):
+    rh.run_script(SCRIPTS[sys.argv[0]].main)
+"""
+
+
+def test_every_script_runs_without_what_only_linux_has(flags, raw_dir, tmp_path):
+    run = (*flags, "--data-dir", tmp_path / "data")
+    commands = [
+        ("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", tmp_path / "data"),
+        ("pirl_stl_train_test", *run, "--experiment-name", "p"),
+        ("pirl_stl_train_test", *run, "--experiment-name", "p", "--resume", "--epochs", 2),
+        ("train_stl_after_ssl", *run, "--experiment-name", "l", "--pirl-model-name", "p", "--full-fine-tune"),
+        ("extract_features", "--model", tmp_path / "weights/l.pt", "--images", tmp_path / "data/test"),
+    ]
+    text = json.dumps([[*map(str, command)] for command in commands])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, "-c", OTHER_SYSTEM, text]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "features.npz")["features"].shape == (40, 64)
 
 
 def test_a_system_without_proc(monkeypatch):
@@ -180,6 +240,14 @@ def test_too_few_images(call, flags, zoo):
     for file in list((zoo / "unlabelled").iterdir())[2:]:
         file.unlink()
     assert call("pirl_stl_train_test", *flags, "--batch-size", 1, "--only-train").is_one_line_error("too few")
+
+
+def test_an_empty_folder_of_test_images(call, flags, zoo, tmp_path):
+    shutil.rmtree(zoo / "test")
+    (zoo / "test").mkdir()
+    outcome = call("train_stl_after_ssl", *flags, "--experiment-name", "l")
+    assert outcome.is_one_line_error(zoo / "test", "holds no images")
+    assert not (tmp_path / "weights/l.ckpt").exists(), "before training"
 
 
 def test_labels_that_pretraining_cannot_use_are_a_note(call, flags, zoo):
@@ -233,8 +301,11 @@ def test_compile_without_a_compiler(call, flags, monkeypatch):
     assert call("pirl_stl_train_test", *flags, "--compile").is_one_line_error("C++ compiler", "g++")
 
 
-def test_an_old_python_is_one_line():
-    code = "import sys; sys.version_info = (3, 10, 0); import run_helpers"
+@pytest.mark.parametrize("script", sorted(file.stem for file in ROOT.glob("*.py") if "__main__" in file.read_text()))
+def test_an_old_python_is_one_line(script):
+    """datetime.UTC, ExceptionGroup and tomllib are among what Python 3.11 brought."""
+    old = "import builtins, datetime, sys; sys.version_info = (3, 10, 0); sys.modules['tomllib'] = None"
+    code = f"{old}; del datetime.UTC, builtins.ExceptionGroup; import {script}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: this is Python")
@@ -262,9 +333,60 @@ def test_features_and_predictions(call, flags, zoo, tmp_path):
     assert call("pirl_stl_train_test", *flags, "--experiment-name", "p").status == 0
     for model in ("p", "p.ckpt", "l.ckpt"):
         assert call(*command, "--model", model, "--out", tmp_path / "g.npz").status == 0
+    again = np.load(tmp_path / "g.npz")
+    assert all((again[name] == found[name]).all() for name in found.files), "the finished run's checkpoint is the model"
     assert call(*command, "--model", "p", "--out", tmp_path / "p.csv").is_one_line_error("no softmax layer")
     assert call(*command, "--model", "nowhere").is_one_line_error("nowhere")
     assert call(*command, "--model", "l", "--out", "features.txt").is_one_line_error(".npz", status=2)
+
+
+def test_features_by_a_run_in_training(call, flags, zoo, tmp_path, monkeypatch):
+    """Pretraining and fine-tuning are left in the third step, with a checkpoint of the second."""
+    flags = (*flags, "--experiment-name", "exp", "--checkpoint-minutes", 0)
+    command = ("extract_features", "--images", zoo / "test", "--weights-dir", tmp_path / "weights")
+    for script, run_class, more in (
+        ("pirl_stl_train_test", pirl.Pretraining, ()),
+        ("train_stl_after_ssl", train_stl_after_ssl.FineTuning, ("--full-fine-tune",)),
+    ):
+        steps = []
+
+        def interrupted(run, *arguments, steps=steps, step=run_class.step):
+            steps.append(1)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            return step(run, *arguments)
+
+        monkeypatch.setattr(run_class, "step", interrupted)
+        assert call(script, *flags, *more).status == 130
+        assert call(*command, "--model", "exp", "--out", tmp_path / "f.npz").status == 0
+        found = np.load(tmp_path / "f.npz")
+        assert np.isfinite(found["features"]).all()
+        assert found["features"].std(0).max() > 0
+        (tmp_path / "weights/exp.ckpt").unlink()
+    assert found["probabilities"].shape == (12, 3)
+    np.testing.assert_allclose(found["probabilities"].sum(1), 1, 1e-5)
+
+
+def test_file_names_of_another_encoding(call, flags, zoo, tmp_path):
+    """As old archives leave them: Linux allows any bytes."""
+    assert call("train_stl_after_ssl", *flags, "--experiment-name", "l").status == 0
+    name = b"caf\xe9.jpg"
+    (zoo / "test/cat/IMG 0.jpg").rename(zoo / "test/cat" / os.fsdecode(name))
+    command = ("extract_features", "--model", tmp_path / "weights/l.pt", "--images", zoo / "test", "--out")
+    for out in ("f.npz", "p.csv"):
+        assert call(*command, tmp_path / out).status == 0
+    assert os.fsdecode(b"cat/" + name) in np.load(tmp_path / "f.npz")["names"]
+    assert b"\ncat/" + name + b"," in (tmp_path / "p.csv").read_bytes()
+
+
+@pytest.mark.full_trunk
+def test_features_by_torchvision_s_weights(call, flags, zoo, tmp_path):
+    """Which of its ResNets it is need not be said; no flag could."""
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
+    command = ("extract_features", "--images", zoo / "test", "--image-size", 36, "--out", tmp_path / "f.npz")
+    outcome = call(*command, "--model", tmp_path / "resnet34.pth")
+    assert outcome.status == 0, outcome.err
+    assert np.load(tmp_path / "f.npz")["features"].shape == (12, 512)
 
 
 @pytest.mark.full_trunk

@@ -9,7 +9,7 @@ DEMO = --data-dir demo/data --weights-dir demo/weights --observations-dir demo/o
 DEMO_LABELLED = $(PY) train_stl_after_ssl.py $(DEMO) --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 6
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
 
 .venv/runtime: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -22,7 +22,8 @@ help:  ## list the targets
 
 demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table, in the folder demo/ (SEED=0)
 	rm -rf demo
-	$(PY) stl10_data_load.py --synthetic --seed $(SEED) --raw-dir demo/raw --data-dir demo/data
+	$(PY) -m benchmarks.synthetic --raw-dir demo/raw --seed $(SEED)
+	$(PY) stl10_data_load.py --raw-dir demo/raw --data-dir demo/data
 	$(PY) pirl_stl_train_test.py $(DEMO) --epochs 6 --only-train True --experiment-name pirl
 	$(DEMO_LABELLED) --experiment-name labelled_random
 	$(DEMO_LABELLED) --experiment-name labelled_pirl --pirl-model-name pirl
@@ -46,6 +47,9 @@ results: .venv/runtime  ## the whole results table (DATA=stl10_data SEEDS=3 EPOC
 	$(PY) -m benchmarks.results --data-dir $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) \
 	    --labelled-epochs $(LABELLED_EPOCHS) --flags="$(FLAGS)" --labelled-flags="$(LABELLED_FLAGS)" --common-flags="$(COMMON_FLAGS)"
 
+gpu-report: .venv/development  ## tests and speed on your GPU, in results/gpu_<card>.md: ten minutes (FLAGS='')
+	$(PY) -m benchmarks.gpu_report $(FLAGS)
+
 lint: .venv/development  ## ruff's checks and its formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -54,4 +58,4 @@ clean:  ## remove the demo's files and caches, nothing else
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test faults endurance results lint clean
+.PHONY: help demo test faults endurance results gpu-report lint clean

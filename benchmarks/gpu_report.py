@@ -1,7 +1,6 @@
 """What a GPU does with this code, in about ten minutes: its tests, its speed, an epoch of STL-10's size.
 
 Writes results/gpu_<card>.md, to be pasted into docs/speed.md. A part that fails is named there, and the rest goes on.
-With --device cpu and small numbers it runs anywhere.
 """
 
 import itertools
@@ -16,16 +15,14 @@ import torch
 
 from benchmarks import throughput
 
-SPEED = (
-    "batch | precision | network | images/s | time, bare network = 1 | peak memory | TFLOP/s | share of a bf16 product"
-)
-EPOCH = "an epoch of {} images | seconds | 100 epochs, minutes | peak memory"
+SPEED = "batch | precision | network | images/s | time, bare network = 1 | peak memory | TFLOP/s | of a bf16 product"
+EPOCH = "images | flags | an epoch, seconds | 100 epochs, minutes | peak memory"
 
 
 def parse_args():
     parser = rh.Parser(__doc__.split("\n")[0])
     add, between = parser.add_argument, rh.between
-    add("--device", choices=["cpu", "cuda"], default="cuda", help="where to measure")
+    add("--device", choices=["cpu", "cuda"], default="cuda", help="where to measure; cpu is for a trial")
     add("--batch-sizes", type=between(int, 2), nargs="+", default=[128, 512], help="images per step")
     add("--image-size", type=between(int, 36, 224), default=96, help="side of the images in pixels")
     add("--images", type=between(int, 3), default=100_000, help="images of the epoch, random ones")
@@ -41,34 +38,29 @@ def main():
     card = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
     path = args.results_dir / "gpu_{}.md".format(re.sub(r"\W+", "_", card))
 
-    def write(*texts):
-        """Show further lines of the report, and keep them whatever comes later."""
-        print(*texts, sep="\n", flush=True)
-        lines.extend(texts)
+    def write(text, part=str, *arguments):
+        """Add a text to the report, and what a part of it says or why that has failed. All of it is kept at once."""
+        try:
+            text += part(*arguments)
+        except Exception as error:  # whatever it is, the rest of the report is of use
+            text += f"failed: {type(error).__name__}: {rh.first_line(error)}".replace("|", "/")
+        print(text, flush=True)
+        lines.append(text)
         with rh.whole_file(path, "w") as file:
             file.write("\n".join([*lines, ""]))
+        return text.split(" | ")
 
-    write(f"## {card}", "", rh.machine(device), "")
-    write(f"`tests/test_cuda.py`: {attempt(cuda_tests)}", "", SPEED, re.sub(r"[^|]+", " --- ", SPEED).strip())
+    write(f"## {card}\n\n{rh.machine(device)}\n\n`tests/test_cuda.py`: ", cuda_tests)
+    write(f"\n{SPEED}\n{re.sub('[^|]+', ' --- ', SPEED).strip()}")
     common, fastest = ["--device", args.device, "--image-size", str(args.image_size)], (0, [])
-    for batch, precision, compiled in itertools.product(args.batch_sizes, ("fp32", "bf16"), (False, True)):
-        flags = ["--batch-size", str(batch), "--precision", precision, "--compile", str(compiled)]
-        cells = attempt(speed, [*common, *flags, "--steps", str(args.steps), "--rounds", "3", "--conventional", "no"])
-        write(f"{batch} | {precision} | {'compiled' if compiled else 'eager'} | {cells}")
-        if cells[0].isdigit():
-            fastest = max(fastest, (int(cells.split()[0]), flags))
-    write("", EPOCH.format(args.images), re.sub(r"[^|]+", " --- ", EPOCH).strip())
+    for batch, precision, network in itertools.product(args.batch_sizes, ("fp32", "bf16"), ("eager", "compiled")):
+        flags = ["--batch-size", str(batch), "--precision", precision, "--compile", str(network == "compiled")]
+        rate = write(f"{batch} | {precision} | {network} | ", speed, [*common, *flags, "--steps", str(args.steps)])[3]
+        fastest = max(fastest, (int(rate), flags)) if rate.isdigit() else fastest
+    write(f"\n{EPOCH}\n{re.sub('[^|]+', ' --- ', EPOCH).strip()}")
     for flags in (["--batch-size", str(args.batch_sizes[0])], fastest[1]):
-        write(f"{' '.join(flags)} | {attempt(epoch, args.images, [*common, *flags])}")
+        write(f"{args.images} | {' '.join(flags)} | ", epoch, args.images, [*common, *flags])
     print(f"\nwrote {path}")
-
-
-def attempt(part, *arguments):
-    """What a part of the report says, or why it has failed."""
-    try:
-        return part(*arguments)
-    except Exception as error:  # whatever it is, the rest of the report is of use
-        return f"failed: {type(error).__name__}: {rh.first_line(error)}".replace("|", "/")
 
 
 def cuda_tests():
@@ -79,10 +71,9 @@ def cuda_tests():
 
 
 def speed(flags):
-    result = throughput.measure(throughput.parse_args(flags))
-    bare, step = (result["speeds"][name] for name in ("bare network", "training step"))
+    result = throughput.measure(throughput.parse_args([*flags, "--rounds", "3", "--conventional", "False"]))
     cells = "{memory:.2f} GiB | {rate:.1f} | {share:.1%}".format(**result)
-    return f"{median(step):.0f} | {median(b / s for b, s in zip(bare, step, strict=True)):.3f} | {cells}"
+    return f"{median(result['speeds']['training step']):.0f} | {result['ratios']['training step']:.3f} | {cells}"
 
 
 def epoch(images, flags):

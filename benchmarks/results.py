@@ -54,9 +54,8 @@ def main():
     if len({run["images"] for run in pretrained}) > 1:
         raise rh.UserError(f"the runs in {folder} are of different images: remove them")
     text = f"# {name}: {pretrained[0]['images']} unlabelled training images, {args.seeds} seeds\n\n"
-    text += (
-        tables(pretrained, tuned, random) + f"\n![Learning curves]({name}.png)\n\nCommands, for `--seed` 0 and on:\n\n"
-    )
+    text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.png)\n\n"
+    text += "Commands, for `--seed` 0 and on:\n\n"
     for module, flags in ((pirl, first), (labelled, [*then, "--pirl-model-name", "…"]), (labelled, then)):
         text += f"    python {Path(module.__file__).name} {shlex.join(flags)}\n"
     text += "".join(f"\n{machine}\n" for machine in sorted({run["machine"] for run in pretrained + tuned + random}))
@@ -69,9 +68,7 @@ def main():
 
 def finished_run(module, folder, name, flags):
     """The content of folder/weights/<name>.pt, after the run that makes it, or the rest of it, where it is missing.
-
-    flags are those of the run alone; a finished run of the same name with others is refused.
-    """
+    flags are those of the run alone; a finished run of the same name with others is refused."""
     weights = folder / "weights" / f"{name}.pt"
     flags = [*flags, "--experiment-name", name, "--weights-dir", str(folder / "weights")]
     flags += ["--observations-dir", str(folder / "observations_dir")]
@@ -84,8 +81,8 @@ def finished_run(module, folder, name, flags):
     chosen = {"tmax_for_cos_decay": asked["epochs"], "cont_epoch": 1}  # what a run takes where no flag says it
     chosen |= {key: then.get(key) for key in ("precision", "stem")}
     asked |= {key: value for key, value in chosen.items() if key in asked and asked[key] in (None, "auto")}
-    free = module.MAY_DIFFER - {"epochs", "full_fine_tune"}
-    if differ := [key for key in asked if key not in free - {"tmax_for_cos_decay"} and asked[key] != then.get(key)]:
+    fixed = asked.keys() - (module.MAY_DIFFER - {"epochs", "full_fine_tune", *module.KEPT})
+    if differ := sorted(key for key in fixed if asked[key] != then.get(key)):
         raise rh.UserError(f"{weights} was made with another {', '.join(differ)}: remove {folder} to run all anew")
     return content
 

@@ -8,12 +8,13 @@ DataLoader workers and feeds that network; loss and memory bank are the project'
 import itertools
 import os
 import time
+from operator import truediv
 from statistics import median
 
 import run_helpers as rh
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
@@ -39,14 +40,13 @@ def parse_args(argv=None):
 
 
 def measure(args):
-    """A dict: "speeds" {what: images per second of each round}, "memory", the peak of training steps in GiB (0 on a
-    CPU), "rate", TFLOP/s of the training step, and "share" of a large bf16 matrix product's rate."""
+    """A dict: "speeds" {what: images per second of each round}, "ratios" {what: time, bare network = 1}, and of the
+    training step "memory", its peak in GiB (0 on a CPU), "rate" in TFLOP/s, "share" of a bf16 matrix product's rate."""
     torch.compiler.reset()  # what was measured before counts against the limit of compilations
     run, plain, speeds, peaks = make_run(args.training), make_run(args.training), {}, {}
     plain.images, batch, cuda = run.images, args.training.batch_size, run.device.type == "cuda"
-    for module in plain.model.modules():
-        if isinstance(module, models.SmallMapConv2d):
-            module.__class__ = nn.Conv2d  # torchvision's own
+    for module in [each for each in plain.model.modules() if isinstance(each, models.SmallMapConv2d)]:
+        module.__class__ = nn.Conv2d  # torchvision's own
     with FlopCounterMode(display=False) as counter:  # of another size, which is never compiled
         training_step(run, batch + 1)()
     contestants = {"bare network": lambda: bare_network(plain), "training step": lambda: training_step(run, batch)}
@@ -54,29 +54,29 @@ def measure(args):
     if args.conventional:
         steps += -steps % max(1, args.workers)  # workers' batches come in waves: whole ones are timed
         contestants["conventional pipeline"] = lambda: conventional(plain, args.workers, steps)
-    for _ in range(args.rounds):
-        for name, contestant in contestants.items():
-            seconds, peaks[name] = timed(contestant(), steps)
-            speeds.setdefault(name, []).append(steps * batch / seconds)
+    for name in [*contestants] * args.rounds:
+        seconds, peaks[name] = timed(contestants[name](), steps)
+        speeds.setdefault(name, []).append(steps * batch / seconds)
     a, b = torch.randn(2, side, side, device=run.device, dtype=torch.bfloat16)
     product = 20 * 2 * side**3 / timed(lambda: a @ b, 20)[0]
     rate = counter.get_total_flops() / (batch + 1) * median(speeds["training step"])
-    return {"speeds": speeds, "memory": peaks["training step"], "rate": rate / 1e12, "share": rate / product}
+    ratios = {name: median(map(truediv, speeds["bare network"], values)) for name, values in speeds.items()}
+    result = {"speeds": speeds, "ratios": ratios, "memory": peaks["training step"]}
+    return result | {"rate": rate / 1e12, "share": rate / product}
 
 
 def timed(step, count):
     """(seconds of `count` calls, after one that does not count; the GPU's peak memory in them in GiB)."""
-    cuda = torch.cuda.is_initialized()
-    step()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    for _ in range(count):
-        step()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    for calls in (1, count):
+        wait()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        for _ in range(calls):
+            step()
+    wait()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
 
 
 def make_run(settings, count=IMAGES):
@@ -95,13 +95,13 @@ def training_step(run, batch):
 
 
 def plain_step(run, inputs, loss):
-    """Forward, backward and optimiser. loss: a function of f(φ(I)) and g(φ(I_t)), which are returned."""
+    """Forward, backward and optimiser. loss: a function of f(φ(I)), which is returned, and g(φ(I_t))."""
     with rh.autocast(run.device, run.args.precision):
         vectors = run.model.train()(*(each.contiguous(memory_format=torch.channels_last) for each in inputs))
     loss(*(each.float() for each in vectors)).backward()
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return vectors
+    return vectors[0]
 
 
 def bare_network(run):
@@ -125,9 +125,6 @@ class PerImageViews:
         self.pretext_crop = transforms.RandomResizedCrop(side, jigsaw.PRETEXT_CROP_AREA, dh.CROP_ASPECT)
         self.patch_view = transforms.Compose([transforms.RandomCrop(patch), *colour])
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, i):
         image, c = to_pil_image(self.images[i]), self.cell
         whole = self.pretext_crop(image)
@@ -138,20 +135,17 @@ class PerImageViews:
 def conventional(run, workers, steps):
     """Its workers live for a round: they neither disturb the others nor work ahead while those are measured."""
     data, batch, pin = PerImageViews(run.images.cpu()), run.args.batch_size, run.device.type == "cuda"
-    order, ahead = RandomSampler(data, True, (3 * workers + steps + 1) * batch), 1 if workers else None
+    order, ahead = torch.randint(IMAGES, ((3 * workers + steps + 1) * batch,)).tolist(), 1 if workers else None
     loader = DataLoader(data, batch, None, order, num_workers=workers, prefetch_factor=ahead, pin_memory=pin)
     batches, draw = iter(loader), rh.generator(run.device, 0)
 
     def step():
         index, view, patches = (part.to(run.device, non_blocking=True) for part in next(batches))
-
         negatives, hidden = run.bank.draw_negatives(index, run.negatives, draw)
-        bank = run.bank.vectors[index], negatives, hidden, run.args
-
-        def loss(f, g):
-            return pirl.pirl_loss(f, g, *bank, (f, index[:, None] == index))[0].mean()
-
-        run.bank.update(index, plain_step(run, (view, patches.flatten(0, 1)), loss)[0].detach())
+        bank, same = (run.bank.vectors[index], negatives, hidden, run.args), index[:, None] == index
+        inputs = view, patches.flatten(0, 1)
+        f = plain_step(run, inputs, lambda f, g: pirl.pirl_loss(f, g, *bank, (f, same))[0].mean())
+        run.bank.update(index, f.detach())
 
     for _ in range(workers):  # the batches that all workers begin with come at once, and do not count
         step()
@@ -161,12 +155,11 @@ def conventional(run, workers, steps):
 def main():
     args = parse_args()
     result, run, cuda = measure(args), args.training, torch.cuda.is_initialized()
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{run.model_type}, batch {run.batch_size}, {run.image_size} px, {run.precision}, {device}, {run.compile=}\n")
-    print("what | images/s | lowest … highest | time, bare network = 1\n--- | --- | --- | ---")
+    network = f"{run.model_type}, batch {run.batch_size}, {run.image_size} px, {run.precision}, compile {run.compile}"
+    print(network, rh.machine(torch.device("cuda" if cuda else "cpu")), sep="\n")
+    print("\nwhat | images/s | lowest … highest | time, bare network = 1\n--- | --- | --- | ---")
     for what, values in result["speeds"].items():
-        ratio = median(b / v for b, v in zip(result["speeds"]["bare network"], values, strict=True))
-        print(f"{what} | {median(values):.1f} | {min(values):.1f} … {max(values):.1f} | {ratio:.3f}")
+        print(f"{what} | {median(values):.1f} | {min(values):.1f} … {max(values):.1f} | {result['ratios'][what]:.3f}")
     if cuda:
         print("\n{memory:.2f} GiB, {rate:.0f} TFLOP/s, {share:.1%} of a bf16 matrix product".format(**result))
 

@@ -7,17 +7,13 @@ from pathlib import Path
 import run_helpers as rh
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from torchvision.models import resnet18, resnet34, resnet50
 
 import dataset_helpers as dh
 
-TRUNKS = {
-    "res18": torchvision.models.resnet18,
-    "res34": torchvision.models.resnet34,
-    "res50": torchvision.models.resnet50,
-}
+TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
 PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # of a network, under these names in our files
 VECTOR_SIZE = 128  # numbers in an output of the heads and in a row of the memory bank (paper, section 3.2)
 PATCHES = 9
@@ -28,9 +24,8 @@ EVALUATION_BATCH = 128  # at most so many images at a time when nothing is train
 class SmallMapConv2d(nn.Conv2d):
     """A 3 × 3 convolution with padding 1 which computes square maps of 1 × 1 and 2 × 2 pixels as one linear layer.
 
-    Patches of 30 pixels are maps of this size in layer3 and layer4, where a padded convolution multiplies mostly zeros
-    (8 of 9 taps at 1 × 1), and CPUs without AVX-512 compute its weight gradient by a slow fallback. Only the taps that
-    touch the map are multiplied: the same function of the same weights [out, in, 3, 3], up to 9 times less work.
+    Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution multiplies mostly zeros. Here
+    only the taps that touch the map count: the same function of the weights [out, in, 3, 3], up to 9 times less work.
     """
 
     @staticmethod
@@ -57,12 +52,10 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 def make_trunk(model_type, stem="imagenet", zero_init=True):
-    """(torchvision's ResNet without its last layer, its output dimension d: 512, or 2048 for res50).
+    """(torchvision's ResNet without its last layer: float [B, 3, H, W] -> [B, d], d: 512, or 2048 for res50).
 
-    stem "small": a first convolution of 3 × 3 with stride 1 instead of 7 × 7 with stride 2, for small images; it makes
-    four times the work. zero_init: every residual block starts as its shortcut, for the scale of its last batch norm
-    is 0 (Goyal et al., arXiv:1706.02677, section 5.1). The state dict has torchvision's own names. Input
-    [B, 3, H, W] float, output [B, d].
+    stem "small": the first convolution is 3 × 3 with stride 1, for small images, at four times the work. zero_init:
+    every residual block starts as its shortcut (Goyal et al., arXiv:1706.02677, section 5.1).
     """
     trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
     dimension = trunk.fc.in_features
@@ -117,8 +110,7 @@ class PIRL(nn.Module):
     def batch_statistics(self):
         """Inside, batch norm uses the batch's own statistics, in eval mode too, and leaves the running ones alone.
 
-        Patches and whole images differ in their statistics. The running ones are those of whole images, which is what
-        evaluation feeds the trunk: mixing the two costs it several points of accuracy.
+        Those are of whole images, as evaluation needs: mixing in the patches' costs several points of accuracy.
         """
         training = self.trunk.training
         for norm in self.norms:
@@ -148,8 +140,7 @@ class Classifier(nn.Module):
 def read_weights(name, weights_dir):
     """(file, its content) by a path, or by a name under the weights folder: any of our files, or torchvision's.
 
-    The content is a dict of state dicts, "trunk" and those of "head_f", "head_g" and "softmax_layer" that there are,
-    with "settings" (empty for torchvision's) and, of a labelled run, "classes".
+    The content has the state dicts of PARTS that there are, "settings" ({} of torchvision's) and, if any, "classes".
     """
     tried = [Path(name), weights_dir / name, weights_dir / f"{name}.pt", weights_dir / f"{name}.ckpt"]
     path = next((path for path in tried if path.is_file()), None)
@@ -174,9 +165,8 @@ def model_type_of(trunk):
 
 def load_weights(modules, weights, path):
     """Give each of `modules`, a dict by the names in PARTS, its state dict; say which parts of the file are used."""
-    advice = "give the --model-type, --stem and --non-linear-head that it was made with"
-    for name, module in modules.items():
-        with rh.fitting(path, advice):
+    with rh.fitting(path, "give the --model-type, --stem and --non-linear-head that it was made with"):
+        for name, module in modules.items():
             module.load_state_dict(weights[name])
     unused = [name for name in PARTS if name in weights and name not in modules]
     print(f"using {', '.join(modules)} of {path}{', not ' if unused else ''}{', '.join(unused)}")
@@ -186,10 +176,7 @@ def load_weights(modules, weights, path):
 
 
 def plain_statistics(trunk, images, batch_size):
-    """A copy of the trunk in eval mode, with batch norm's statistics of images uint8 [N, 3, S, S] as they are.
-
-    In float32, as all that features are measured with: those of an untrained trunk nearly coincide.
-    """
+    """A copy of the trunk in eval mode, with batch norm's statistics of images uint8 [N, 3, S, S] as they are."""
     trunk = copy.deepcopy(trunk)
     count = max(1, len(images) // min(batch_size, EVALUATION_BATCH))
     update_bn((dh.normalised(batch) for batch in images.chunk(count)), trunk)
@@ -198,10 +185,10 @@ def plain_statistics(trunk, images, batch_size):
 
 @torch.no_grad()
 def trunk_features(trunk, images, batch_size, flip=False):
-    """The trunk's features in eval mode (running statistics), in float32: uint8 [N, 3, S, S] -> [N, d]."""
+    """Features in eval mode: uint8 [N, 3, S, S] -> float32 [N, d], for those of a random trunk nearly coincide."""
     trunk.eval()
+    features = []
     with rh.progress_bar(len(images), "features", " images") as bar:
-        features = []
         for batch in images.split(min(batch_size, EVALUATION_BATCH)):
             features.append(trunk(dh.normalised(batch.flip(3) if flip else batch)))
             bar.update(len(batch))

@@ -32,11 +32,11 @@ def neighbour_picture(queries, query_labels, found, found_labels, names):
     framed = frames[:, :, None, None].repeat(1, 1, TILE + 8, TILE + 8)
     framed[:, :, 4:-4, 4:-4] = tiles.cpu()
     image = to_pil_image(make_grid(framed, found.shape[1] + 1, padding=4, pad_value=1))
+    draw, style = ImageDraw.Draw(image), {"stroke_width": 1, "stroke_fill": "black", "font_size": 10, "anchor": "ls"}
     for row, labels in enumerate(torch.cat([query_labels[:, None], found_labels], 1).tolist()):
         for column, label in enumerate(labels):
             place = (column * (TILE + 12) + 10, row * (TILE + 12) + TILE + 6)
-            ink = {"fill": "white", "stroke_width": 1, "stroke_fill": "black", "font_size": 10, "anchor": "ls"}
-            ImageDraw.Draw(image).text(place, names[label][:12], **ink)
+            draw.text(place, names[label][:12], fill="white", **style)
     return image
 
 
@@ -44,8 +44,7 @@ def confusion_picture(labels, predictions, names):
     """Per cent of each class (row) by predicted class (column), of labels and predictions int64 [N]. A Pillow image."""
     count, left, top = len(names), 130, 110
     cell = 46 if count <= 20 else max(4, 920 // count)  # of many classes the shades alone are shown
-    matrix = torch.zeros(count, count)
-    matrix.index_put_((labels.cpu(), predictions.cpu()), torch.ones(len(labels)), accumulate=True)
+    matrix = torch.bincount((labels * count + predictions).cpu(), minlength=count**2).view(count, count)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = Image.new("RGB", (left + count * cell + 12, top + count * cell + 12), "white")
     draw, font_size = ImageDraw.Draw(image), min(13, cell)
@@ -90,9 +89,9 @@ def curve_picture(panels):
         draw.text((edge + width // 2, height - 14), "epoch", fill="black", font_size=13, anchor="ms")
         for seed, curve in enumerate(curves):
             points = [(edge + margin + (e - 1) * step, height - margin - (v - low) * scale) for e, v in curve]
-            draw.line(points, fill=LINES[seed % len(LINES)], width=2)
+            fill = LINES[seed % len(LINES)]
+            draw.line(points, fill, width=2)
             for x, y in points if len(points) < 30 else []:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=LINES[seed % len(LINES)])
-            place_of_name = (edge + width - 24, 40 + 18 * seed)
-            draw.text(place_of_name, f"seed {seed}", fill=LINES[seed % len(LINES)], font_size=13, anchor="rm")
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill)
+            draw.text((edge + width - 24, 40 + 18 * seed), f"seed {seed}", fill, font_size=13, anchor="rm")
     return image

@@ -325,7 +325,7 @@ def check(args, train_count):
     """Refuse numbers that do not go with the number of images or of ranks."""
     size, negatives, ranks = args.batch_size, args.count_negatives or 0, rh.world_size()
     if train_count < 3:
-        raise rh.UserError(f"{train_count} training images are too few: add images, or use --only-train True")
+        raise rh.UserError(f"{train_count} training images are too few: add images")
     if ranks > 1 and (size % ranks or size < 2 * ranks):
         raise rh.UserError(f"--batch-size {size} does not give {ranks} ranks two images or more each: use a multiple")
     if size > train_count:

@@ -65,7 +65,9 @@ def end(line, status=1):
             first = store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     if first:
         print("error:", " ".join(line.splitlines()), file=sys.stderr, flush=True)
-    (os._exit if several else sys.exit)(status)  # the interpreter's own end would wait for ranks that are gone
+    if several:
+        os._exit(status)  # the interpreter's own end would wait for ranks that are gone
+    sys.exit(status)
 
 
 def first_line(error):

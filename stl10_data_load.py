@@ -34,30 +34,25 @@ IMAGE_BYTES = 3 * STL10_SIDE**2
 TIMEOUT = 60  # seconds of silence until a server is given up
 
 
-def parse_args(argv=None):
+def main():
     parser = rh.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--raw-dir", type=Path, default=Path("raw_stl10"), help="the folder for the archive and the raw files")
     add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder in which the image folders are written")
     add("--url", default=STL10.url, help="the address of the archive")
     add("--md5", help="the MD5 of the archive; None is the release's for the default --url, and no check for others")
-    return parser.parse_args(argv)
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     raw = args.raw_dir if (args.raw_dir / "train_X.bin").exists() else args.raw_dir / STL10.base_folder
     if raw.exists():
         print(f"using the raw files in {raw}")
     else:
         extract(download(args.url, args.md5, args.raw_dir), raw)
     counts = check_raw(raw)
-    marker, fingerprint = args.data_dir / ".complete.json", fingerprint_of(raw, counts)
-    if (
-        marker.is_file()
-        and marker.read_text() == fingerprint
-        and all(len(list((args.data_dir / split).rglob("*.png"))) == counts[split] for split in SPLITS)
-    ):
+    files = [raw / name for names in SPLITS.values() for name in names if name]
+    known = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    marker, fingerprint = args.data_dir / ".complete.json", json.dumps({"counts": counts, "raw": known})
+    there = {split: len(list((args.data_dir / split).rglob("*.png"))) for split in SPLITS}
+    if there == counts and marker.is_file() and marker.read_text() == fingerprint:
         print(f"{args.data_dir} holds these images already: nothing to do")
         return
     args.data_dir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +61,9 @@ def main():
     if need > free:
         sizes = f"{free / 1e6:.0f} MB of free disk, and {need / 1e6:.0f} MB will be written"
         raise rh.UserError(f"{args.data_dir} has {sizes}: make room, or choose another folder")
-    print(f"these files are {'the STL-10 release' if is_release(raw) else 'not the STL-10 release'}")
+    files.sort(key=lambda file: file.stat().st_size)  # others than the release are told apart by a small one already
+    release = all(calculate_md5(file) == MD5[file.name] for file in files)
+    print(f"these files are {'' if release else 'not '}the STL-10 release")
     for split in SPLITS:
         write_split(raw, args.data_dir, split)
     for extra in ("class_names.txt", "fold_indices.txt"):
@@ -75,9 +72,6 @@ def main():
     with rh.whole_file(marker, "w") as file:
         file.write(fingerprint)
     print(f"wrote {args.data_dir}: " + ", ".join(f"{counts[split]} {split}" for split in SPLITS))
-
-
-# ---- The raw files ---------------------------------------------------------------------------------------------------
 
 
 def download(url, md5, raw_dir):
@@ -93,10 +87,8 @@ def download(url, md5, raw_dir):
     try:
         fetch(url, part)
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
-        raise rh.UserError(
-            f"{url} could not be fetched ({str(error) or type(error).__name__}): run this again to go on from there, "
-            f"or put the raw files into {raw_dir}"
-        ) from None
+        advice = f"run this again to go on from there, or put the raw files into {raw_dir}"
+        raise rh.UserError(f"{url} could not be fetched ({str(error) or type(error).__name__}): {advice}") from None
     md5 = md5 or (STL10.tgz_md5 if url == STL10.url else None)
     if md5 and calculate_md5(part) != md5:
         part.unlink()
@@ -138,7 +130,6 @@ def extract(archive, raw):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     print(f"unpacking {archive}")
-
     try:
         with gzip.open(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -147,7 +138,7 @@ def extract(archive, raw):
                 pass
     except tarfile.FilterError as error:
         raise rh.UserError(f"{archive} is not to be trusted ({error}): remove it and get another copy") from None
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError) as error:
         raise rh.UserError(f"{archive} is cut short or damaged ({error}): remove it and run this again") from None
     if not (part / STL10.base_folder).is_dir():
         raise rh.UserError(f"{archive} holds no folder {STL10.base_folder}: remove it, and check --url")
@@ -159,37 +150,20 @@ def check_raw(raw):
     """The number of images of every split, after checking sizes and labels of all raw files."""
     counts = {}
     for split, (images, labels) in SPLITS.items():
-        for name in filter(None, (images, labels)):
-            if not (raw / name).is_file():
-                raise rh.UserError(f"{raw / name} is missing: put it there, or remove {raw} to have it fetched")
+        if missing := [raw / name for name in (images, labels) if name and not (raw / name).is_file()]:
+            raise rh.UserError(f"{missing[0]} is missing: put it there, or remove {raw} to have it fetched")
         size = (raw / images).stat().st_size
         if size == 0 or size % IMAGE_BYTES:
             what = "is empty" if size == 0 else f"has {size} bytes, no multiple of {IMAGE_BYTES}: it is cut short"
             raise rh.UserError(f"{raw / images} {what}: get it again")
         counts[split] = size // IMAGE_BYTES
         if labels:
-            count = (raw / labels).stat().st_size
-            if count != counts[split]:
+            if (count := (raw / labels).stat().st_size) != counts[split]:
                 raise rh.UserError(f"{raw / labels} has {count} labels for {counts[split]} images: get both again")
             values = np.fromfile(raw / labels, np.uint8)
             if len(wrong := values[(values < 1) | (values > 10)]):
                 raise rh.UserError(f"{raw / labels} has the label {wrong[0]}, not from 1 to 10: get it again")
     return counts
-
-
-def is_release(raw):
-    """Whether these are the files of the STL-10 release, by torchvision's MD5s, the smallest file first."""
-    names = sorted(MD5, key=lambda name: (raw / name).stat().st_size)
-    return all(calculate_md5(raw / name) == MD5[name] for name in names)
-
-
-def fingerprint_of(raw, counts):
-    """A text that tells these raw files from others without reading them."""
-    files = [raw / name for names in SPLITS.values() for name in names if name]
-    return json.dumps({"counts": counts, "raw": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}})
-
-
-# ---- The image folders -----------------------------------------------------------------------------------------------
 
 
 def write_split(raw, data_dir, split):
@@ -203,27 +177,21 @@ def write_split(raw, data_dir, split):
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(index):
-        write_png(folders[index] / f"{index}.png", images[index].transpose(2, 1, 0))
+        path, pixels, there = folders[index] / f"{index}.png", images[index].transpose(2, 1, 0), None
+        with contextlib.suppress(Exception):  # it does not exist, or a crash has cut it short
+            there = read_image(path, STL10_SIDE).transpose(1, 2, 0)
+        if there is None:
+            part = path.with_suffix(".part")
+            Image.fromarray(np.ascontiguousarray(pixels)).save(part, "PNG", compress_level=1)  # twice as fast as 6
+            os.replace(part, path)
+        elif not (there == pixels).all():
+            raise rh.UserError(f"{path} shows something else than the raw file: choose another --data-dir")
         bar.update()
 
     with rh.progress_bar(len(images), f"writing {split}", " images") as bar, ThreadPoolExecutor() as pool:
         list(pool.map(write, range(len(images))))
     if len(list((data_dir / split).rglob("*.png"))) != len(images):
         raise rh.UserError(f"{data_dir / split} holds other images than {raw}: remove it, or choose another --data-dir")
-
-
-def write_png(path, pixels):
-    """pixels uint8 [96, 96, 3] under `path`, whole or not at all, unless it is there already."""
-    there = None
-    with contextlib.suppress(Exception):  # it does not exist, or a crash has cut it short
-        there = read_image(path, STL10_SIDE).transpose(1, 2, 0)
-    if there is not None:
-        if not (there == pixels).all():
-            raise rh.UserError(f"{path} shows something else than the raw file: choose another --data-dir")
-        return
-    part = path.with_suffix(".part")
-    Image.fromarray(np.ascontiguousarray(pixels)).save(part, "PNG", compress_level=1)  # 1: as small as 6, twice as fast
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

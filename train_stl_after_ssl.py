@@ -1,7 +1,6 @@
 """Train on labelled images after pretraining: the softmax layer alone, then the whole network; print the table.
 
-    python train_stl_after_ssl.py --model-type res18 --batch-size 128 --lr 0.1 --patience-for-lr-decay 4 \\
-        --full-fine-tune True --pirl-model-name exp
+python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 --full-fine-tune True --pirl-model-name exp
 
 Without --pirl-model-name the trunk starts at random: the baseline that shows what pretraining brought.
 """
@@ -58,8 +57,9 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of the softmax stage (SGD, momentum 0.9)")
     add("--full-lr", type=number(float, 0, 100), default=0.01, help="learning rate of the full stage")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights that are trained")
-    patience = "epochs without a lower validation loss before the learning rate falls to a tenth"
-    add("--patience-for-lr-decay", type=number(int, 0), default=10, help=patience)
+    add(
+        "--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr is lr / 10"
+    )
     add = parser.add_argument_group("results").add_argument
     add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
     add("--neighbours", type=rh.file_to_write, help="a picture to write: test images with the nearest training images")
@@ -83,13 +83,17 @@ def main():
         experiment.load(checkpoint, run.checksum, run, progress)
     if run.begun and "full" not in run.results and not args.full_fine_tune:
         raise rh.UserError(f"{experiment.checkpoint} is from within the full stage: add --full-fine-tune True")
-    announce(run)
+    full_epochs = args.full_fine_tune and (args.full_epochs or args.epochs)  # False for none
+    tests = 0 if run.test_images is None else len(run.test_images)
+    print(f"{args.experiment_name}: {args.model_type}, {run.trunk_name}")
+    print(f"  {device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes in {args.data_dir}")
+    print(f"  {len(run.train)} images of {args.image_size} pixels, {len(run.validation)} to validate, {tests} to test")
+    print(f"  epochs: {args.epochs} for the softmax layer, {full_epochs or 'none'} for the whole network", flush=True)
     if "softmax" not in run.results:
         progress.rows += train_softmax_layer(run)
         save()
         experiment.write_rows(progress.rows)
-    full_epochs = args.full_epochs or args.epochs
-    while args.full_fine_tune and progress.epoch <= full_epochs:
+    while progress.epoch <= full_epochs:
         epoch = progress.epoch
         order, _ = epoch_order(run.train, 1, args.seed, epoch)
         draws = dh.uniform_draws(len(run.images), dh.LABELLED_VIEW_DRAWS, args.seed, rh.VIEWS, epoch, device=device)
@@ -97,7 +101,9 @@ def main():
             progress.sums[progress.step] = run.step(index, draws)
         train, validation = progress.means(), run.validate()
         row = row_of("full", epoch, train, validation, run.optimizer, round(len(order) / progress.seconds, 1))
-        run.keep_best(epoch, validation)
+        run.schedule.step(validation[0])
+        if validation[1] > run.best["val_acc"]:
+            run.best = {"val_acc": validation[1], "epoch": epoch, "model": rh.cpu_state(run.model)}
         progress.finish_epoch(row)
         experiment.write_rows(progress.rows)
         result = "whole network, epoch {}/{}: loss {:.4f}, accuracy {:.2%}, validation loss {:.4f}, accuracy {:.2%}"
@@ -182,13 +188,6 @@ class FineTuning:
         logits = self.model.softmax_layer(self.features(self.images[self.validation]))
         return (batch_sums(logits, labels, F.cross_entropy(logits, labels)) / len(labels)).tolist()
 
-    def keep_best(self, epoch, validation):
-        """Note the weights if they are the best so far, and let the schedule look at the loss."""
-        loss, accuracy = validation
-        self.schedule.step(loss)
-        if accuracy > self.best["val_acc"]:
-            self.best = {"val_acc": accuracy, "epoch": epoch, "model": rh.cpu_state(self.model)}
-
     def use_best(self, rows):
         """End the full stage with the weights of its best epoch."""
         self.model.load_state_dict(self.best["model"])
@@ -203,33 +202,20 @@ class FineTuning:
 def read_folds(data_dir, count, device):
     """The lines of fold_indices.txt: indices of training images, int64 each."""
     path = data_dir / "fold_indices.txt"
-    with rh.fitting(
-        path, f"it must list training images, from 0 to {count - 1}, a fold per line; or leave --folds out"
-    ):
+    with rh.fitting(path, f"it must list images, from 0 to {count - 1}, a fold per line; or leave --folds out"):
         folds = [torch.tensor(list(map(int, line.split()))) for line in path.read_text().splitlines() if line.strip()]
         if not folds or any(fold.min() < 0 or fold.max() >= count for fold in folds):
             raise ValueError("an index out of range")
         return [fold.to(device) for fold in folds]
 
 
-def announce(run):
-    """Say what is about to be done."""
-    args, side = run.args, run.args.image_size
-    full = (args.full_epochs or args.epochs) if args.full_fine_tune else "no"
-    tests = 0 if run.test_images is None else len(run.test_images)
-    print(f"{args.experiment_name}: {args.model_type}, {run.trunk_name}")
-    print(f"  {run.device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes in {args.data_dir}")
-    print(f"  {len(run.train)} images of {side} × {side} pixels, {len(run.validation)} for validation, {tests} to test")
-    print(f"  {args.epochs} epochs for the softmax layer, {full} epochs for the whole network", flush=True)
-
-
 # ---- Only the softmax layer, on features that are computed once ------------------------------------------------------
 
 
 def train_softmax_layer(run):
-    """Train the linear layer on the frozen trunk's features of two views, the image and its mirror image.
+    """Train it on the frozen trunk's features of each image and its mirror image. Returns the rows of the CSV.
 
-    The nearest-neighbour accuracy of the same features and the folds come with it. Returns the rows of the CSV.
+    The folds, and the nearest-neighbour accuracy of the same features, come with it.
     """
     started = time.monotonic()
     features = torch.stack([run.features(run.images, flip) for flip in (False, True)])  # [2, N, d]
@@ -239,25 +225,18 @@ def train_softmax_layer(run):
         models.neighbour_accuracy(*known, features[0, run.validation], run.labels[run.validation]),
         None if test is None else models.neighbour_accuracy(*known, test, run.test_labels),
     )
-    folds = []
-    for fold in run.folds:  # no label beyond a fold's: its own images also decide on learning rate and epoch
-        fold_accuracy, _ = fit_and_fold(run, features, fold, fold)
-        folds.append((fold_accuracy, run.test_accuracy(test)))
-    accuracy, rows = fit_and_fold(run, features, run.train, run.validation)
-    run.results["softmax"] = (accuracy, run.test_accuracy(test))
+    results = []  # a fold's own images also decide on learning rate and epoch: no label beyond the fold's is used
+    for train, validation in [*((fold, fold) for fold in run.folds), (run.train, run.validation)]:
+        mean, scale = standardisation(features[:, train])
+        layer, accuracy, rows = fit_softmax_layer((features - mean) / scale, run.labels, train, validation, run.args)
+        fold_standardisation(layer, mean, scale, run.model.softmax_layer)
+        results.append((accuracy, run.test_accuracy(test)))
+    *folds, run.results["softmax"] = results
     if folds:
         run.results["folds"] = folds
     print(f"softmax layer: accuracy {accuracy:.2%} on validation in the best of {run.args.epochs} epochs", flush=True)
     run.seconds["softmax"] = time.monotonic() - started
     return rows
-
-
-def fit_and_fold(run, features, train, validation):
-    """Train the model's linear layer on features [2, N, d] of the images `train`: (validation accuracy, rows)."""
-    mean, scale = standardisation(features[:, train])
-    layer, accuracy, rows = fit_softmax_layer((features - mean) / scale, run.labels, train, validation, run.args)
-    fold_standardisation(layer, mean, scale, run.model.softmax_layer)
-    return accuracy, rows
 
 
 def standardisation(features):
@@ -266,11 +245,11 @@ def standardisation(features):
     return flat.mean(0), flat.std(0).clamp(min=1e-5) / FEATURE_SPREAD
 
 
+@torch.no_grad()
 def fold_standardisation(layer, mean, scale, target):
     """Give `target` the weights by which it does on plain features what `layer` does on standardised ones."""
-    with torch.no_grad():
-        target.weight.copy_(layer.weight / scale)
-        target.bias.copy_(layer.bias - (layer.weight / scale) @ mean)
+    target.weight.copy_(layer.weight / scale)
+    target.bias.copy_(layer.bias - target.weight @ mean)
 
 
 def fit_softmax_layer(features, labels, train, validation, args):
@@ -326,8 +305,8 @@ def batch_sums(logits, labels, loss):
 
 def row_of(stage, epoch, train, validation, optimizer, images_per_second):
     """A row of the CSV; train and validation are (loss, accuracy)."""
-    (train_loss, train_acc), (val_loss, val_acc), lr = train, validation, optimizer.param_groups[0]["lr"]
-    values = [stage, epoch, train_loss, val_loss, train_acc, val_acc, lr, images_per_second]
+    measured = (train[0], validation[0], train[1], validation[1])
+    values = (stage, epoch, *measured, optimizer.param_groups[0]["lr"], images_per_second)
     return dict(zip(COLUMNS, values, strict=True))
 
 
@@ -346,20 +325,17 @@ def report(run, progress, experiment):
     save_picture(confusion_picture(labels, run.predictions(run.features(images)), run.classes), confusion)
     if run.args.neighbours:
         draw_neighbours(run, images, labels)
-    heading = f"{run.trunk_name}, images of {run.args.data_dir}:"
-    rows = (f"{ROWS[name]} | {table_cells(name, run.results[name])}\n" for name in ROWS if name in run.results)
-    table = f"{heading}\n\n{HEADER}{''.join(rows)}"
+    table = f"{run.trunk_name}, images of {run.args.data_dir}:\n\n{HEADER}"
+    for name in (name for name in ROWS if name in run.results):
+        if name == "folds":
+            tests = [test for _, test in run.results[name] if test is not None]
+            cells = ["none", spread(tests, unit="%") if tests else "none"]
+        else:
+            cells = ["none" if accuracy is None else f"{accuracy:.2%}" for accuracy in run.results[name]]
+        table += f"{ROWS[name]} | {' | '.join(cells)}\n"
     results = run.args.observations_dir / "results.md"
     add_to_results(results, experiment.name, table)
     print(f"\n{table}\nwrote {experiment.model}, {experiment.observations}, {confusion} and {results}")
-
-
-def table_cells(name, accuracies):
-    """Validation and test accuracy of a row, as text."""
-    if name == "folds":
-        tests = [test for _, test in accuracies if test is not None]
-        return f"none | {spread(tests, unit='%') if tests else 'none'}"
-    return " | ".join("none" if accuracy is None else f"{accuracy:.2%}" for accuracy in accuracies)
 
 
 def spread(values, scale=100, unit=" %"):
@@ -371,10 +347,10 @@ def spread(values, scale=100, unit=" %"):
 def draw_neighbours(run, images, labels):
     """The first image of every class with its nearest training images by the finished trunk, as a picture."""
     shown = torch.tensor([(labels == label).nonzero()[0].item() for label in labels.unique()], device=run.device)
-    features, queries = run.features(run.images), run.features(images[shown])
-    _, rows = models.nearest(features, queries, min(SHOWN_NEIGHBOURS, len(features)))
-    found = run.images[rows], run.labels[rows]
-    save_picture(neighbour_picture(images[shown], labels[shown], *found, run.classes), run.args.neighbours)
+    count = min(SHOWN_NEIGHBOURS, len(run.images))
+    _, rows = models.nearest(run.features(run.images), run.features(images[shown]), count)
+    picture = neighbour_picture(images[shown], labels[shown], run.images[rows], run.labels[rows], run.classes)
+    save_picture(picture, run.args.neighbours)
     print(f"wrote {run.args.neighbours}: images, and the nearest training images, in green if of the same class")
 
 

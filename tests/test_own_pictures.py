@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, ThinResNet18
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import dataset_helpers as dh
 import pirl_stl_train_test as pirl
@@ -115,7 +115,20 @@ def test_photographs_of_a_turned_camera_stand_upright(tmp_path):
     assert read[:, 28:].mean() > 235
 
 
-def test_classes_by_name(call, flags, zoo, tmp_path):
+def test_classes_by_name(call, flags, zoo, tmp_path, monkeypatch):
+    drawn, shown, text, save = [], {}, ImageDraw.ImageDraw.text, train_stl_after_ssl.save_picture
+
+    def recorded(draw, place, line, *rest, **options):
+        drawn.append(line)
+        text(draw, place, line, *rest, **options)
+
+    def saved(picture, path):
+        shown[path.name] = {*drawn}  # since the picture before
+        drawn.clear()
+        save(picture, path)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    monkeypatch.setattr(train_stl_after_ssl, "save_picture", saved)
     (zoo / "train/notes.txt").write_text("")
     (zoo / "class_names.txt").write_text("airplane\nbird\n")  # of another data set
     outcome = call("train_stl_after_ssl", *flags, "--experiment-name", "l", "--neighbours", tmp_path / "n.png")
@@ -124,6 +137,8 @@ def test_classes_by_name(call, flags, zoo, tmp_path):
     assert "note: 1 files" in outcome.out
     with Image.open(tmp_path / "n.png") as picture, Image.open(tmp_path / "observations/l_confusion.png") as matrix:
         assert min(picture.size + matrix.size) > 200
+    assert shown.keys() == {"n.png", "l_confusion.png"}
+    assert all(names >= {"cat", "dog", "zebra"} for names in shown.values())
     state = torch.load(tmp_path / "weights/l.pt", weights_only=True)
     assert state["classes"] == ["cat", "dog", "zebra"]
     assert state["softmax_layer"]["weight"].shape[0] == 3
@@ -237,9 +252,13 @@ def test_a_system_without_proc(monkeypatch):
 
 
 def test_too_few_images(call, flags, zoo):
-    for file in list((zoo / "unlabelled").iterdir())[2:]:
+    for file in list((zoo / "unlabelled").iterdir())[3:]:
         file.unlink()
-    assert call("pirl_stl_train_test", *flags, "--batch-size", 1, "--only-train").is_one_line_error("too few")
+    run = (*flags, "--batch-size", 3, "--only-train")
+    assert call("pirl_stl_train_test", *run, "--experiment-name", "three").status == 0
+    next((zoo / "unlabelled").iterdir()).unlink()
+    for size in (1, 2):
+        assert call("pirl_stl_train_test", *run, "--batch-size", size).is_one_line_error("2 training images")
 
 
 def test_an_empty_folder_of_test_images(call, flags, zoo, tmp_path):
@@ -274,7 +293,8 @@ def test_weights_to_start_from(call, flags, tmp_path):
         state = state.get("trunk") or {
             k.removeprefix("trunk."): v for k, v in state.get("run", {"model": state})["model"].items()
         }
-        assert torch.equal(tuned["conv1.weight"], state["conv1.weight"])
+        for name, _ in ThinResNet18().named_parameters():
+            assert name.startswith("fc.") or torch.equal(tuned[name], state[name]), name
     warm = ("--warm-start", "--pirl-model-name", tmp_path / "imagenet.pth", "--experiment-name", "w", "--lr", 0)
     outcome = call("pirl_stl_train_test", *flags, *warm)
     assert outcome.status == 0, outcome.err
@@ -330,6 +350,7 @@ def test_features_and_predictions(call, flags, zoo, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == predicted.tolist()
     assert [row["name"] for row in rows] == found["names"].tolist()
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], found["probabilities"].max(1), 1e-6)
     assert call("pirl_stl_train_test", *flags, "--experiment-name", "p").status == 0
     for model in ("p", "p.ckpt", "l.ckpt"):
         assert call(*command, "--model", model, "--out", tmp_path / "g.npz").status == 0

@@ -58,6 +58,8 @@ def run_script(main):
 def end(line, status=1):
     """End the process with one line on standard error; of several ranks, the first to come here prints its line."""
     first, several = rank() == 0, world_size() > 1
+    if several:  # the launcher ends the ranks that are left, which must not cut the line off
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(KeyError, RuntimeError):
         if several:  # the launcher's store counts the ranks that have ended
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -45,7 +45,7 @@ EPOCHS ?= 100
 LABELLED_EPOCHS ?= 100
 results: .venv/runtime  ## the whole results table (DATA=stl10_data SEEDS=3 EPOCHS=100 LABELLED_EPOCHS=100 FLAGS='')
 	$(PY) -m benchmarks.results --data-dir $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) \
-	    --labelled-epochs $(LABELLED_EPOCHS) --flags="$(FLAGS)" --labelled-flags="$(LABELLED_FLAGS)" --common-flags="$(COMMON_FLAGS)"
+	    --labelled-epochs $(LABELLED_EPOCHS) --flags="$(FLAGS)" --labelled-flags="$(LABELLED_FLAGS)"
 
 gpu-report: .venv/development  ## tests and speed on your GPU, in results/gpu_<card>.md: ten minutes (FLAGS='')
 	$(PY) -m benchmarks.gpu_report $(FLAGS)

@@ -26,9 +26,8 @@ MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
 STD = (0.2603, 0.2566, 0.2713)
 VALIDATION_IMAGES = 4096  # at most so many of the unlabelled images that are not trained on
 
+
 # ---- From files to a tensor ------------------------------------------------------------------------------------------
-
-
 def natural(text):
     """A key by which 2.png comes before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(text))], str(text)
@@ -142,8 +141,6 @@ def class_names(data_dir, classes):
 
 
 # ---- Splits and random numbers ---------------------------------------------------------------------------------------
-
-
 def unlabelled_split(count, seed, only_train):
     """(train, validation) indices, int64: 70 % and 30 % at random, or all and none."""
     order = torch.randperm(count, generator=rh.generator("cpu", seed, rh.SPLIT))

@@ -44,7 +44,7 @@ def main():
         raise rh.UserError(f"{path} has no softmax layer, so it predicts nothing: use --out features.npz")
     model_type = settings.get("model_type") or models.model_type_of(weights["trunk"])
     trunk, dimension = models.make_trunk(model_type, settings.get("stem") or "imagenet")
-    network = models.Classifier(trunk, dimension, len(weights.get("classes", "1")))
+    network = models.classifier(trunk, dimension, len(weights.get("classes", "1")))
     parts = {name: getattr(network, name) for name in ("trunk", "softmax_layer") if name in weights}
     models.load_weights(parts, weights, path)
     network.to(device, memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import run_helpers as rh
 import torch
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import dataset_helpers as dh
@@ -54,8 +55,6 @@ def jigsaw_view(images, draws, strength=dh.COLOUR_STRENGTH):
 
 
 # ---- The picture -----------------------------------------------------------------------------------------------------
-
-
 def picture(images, draws):
     """A row per image: the image, its crop with the grid, the nine patches as presented. RGB in 0 … 1, [3, H, W]."""
     side, zoom = images.shape[-1], 2
@@ -68,9 +67,8 @@ def picture(images, draws):
     mosaics = torch.stack([make_grid(nine, GRID, padding=cell - patch + 1, pad_value=1) for nine in patches])
     mosaics = torch.nn.functional.interpolate(mosaics, (side, side), mode="nearest-exact")
     cells = torch.stack([images / 255, crops, mosaics], 1).flatten(0, 1)
-    return make_grid(
-        cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), 6 if len(images) > 1 else 3, padding=8, pad_value=1
-    )
+    cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    return make_grid(cells, 6 if len(images) > 1 else 3, padding=8, pad_value=1)
 
 
 def main():
@@ -84,7 +82,7 @@ def main():
     files = dh.image_files(dh.unlabelled_folder(args.data_dir))[: args.images]
     images, _ = dh.load_images(files, dh.STL10_SIDE, torch.device("cpu"), "images")
     draws = dh.uniform_draws(len(images), JIGSAW_DRAWS, args.seed, rh.VIEWS, 1, device="cpu")
-    save_picture(picture(images.float(), draws), args.out)
+    save_picture(to_pil_image(picture(images.float(), draws).clamp(0, 1)), args.out)
     print(f"wrote {args.out}: each image, its crop with the grid, and the nine shuffled patches")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import run_helpers as rh
@@ -122,21 +123,12 @@ class PIRL(nn.Module):
                 norm.training, norm.track_running_stats = training, True
 
 
-class Classifier(nn.Module):
-    """The trunk with one linear (softmax) layer on top."""
-
-    def __init__(self, trunk, dimension, classes):
-        super().__init__()
-        self.trunk = trunk
-        self.softmax_layer = nn.Linear(dimension, classes)
-
-    def forward(self, images):  # [B, 3, S, S] -> logits [B, classes]
-        return self.softmax_layer(self.trunk(images))
+def classifier(trunk, dimension, classes):
+    """The trunk with one linear (softmax) layer on top: images [B, 3, S, S] -> logits [B, classes]."""
+    return nn.Sequential(OrderedDict(trunk=trunk, softmax_layer=nn.Linear(dimension, classes)))
 
 
 # ---- Files of weights ------------------------------------------------------------------------------------------------
-
-
 def read_weights(name, weights_dir):
     """(file, its content) by a path, or by a name under the weights folder: any of our files, or torchvision's.
 
@@ -173,8 +165,6 @@ def load_weights(modules, weights, path):
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------
-
-
 def plain_statistics(trunk, images, batch_size):
     """A copy of the trunk in eval mode, with batch norm's statistics of images uint8 [N, 3, S, S] as they are."""
     trunk = copy.deepcopy(trunk)

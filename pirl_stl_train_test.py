@@ -43,9 +43,7 @@ def parse_args(argv=None):
     add("--colour-strength", type=number(float, 0, 2), default=0.5, help="strength of the colour jitter, 0 for none")
     add = parser.add_argument_group("network").add_argument
     add("--model-type", choices=[*models.TRUNKS], default="res18", help="the trunk: ResNet-18, -34 or -50")
-    add(
-        "--stem", choices=["imagenet", "small"], default="imagenet", help="small: first a 3 × 3 convolution of stride 1"
-    )
+    add("--stem", choices=["imagenet", "small"], default="imagenet", help="small: a first convolution of stride 1")
     add("--zero-init", **switch(True), help="whether every residual block starts as its shortcut")
     add("--non-linear-head", **switch(False), help="whether a ReLU and a further linear layer follow each head")
     add("--compile", **switch(False), help="whether to use torch.compile for the trunk and the augmentations")
@@ -54,11 +52,7 @@ def parse_args(argv=None):
     add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the weight of the jigsaw term")
     add("--temp-parameter", type=number(float, 0.01, 100), default=0.07, help="τ: the temperature")
-    add(
-        "--count-negatives",
-        type=number(int, 1),
-        help=f"K, from the bank; None is {DEFAULT_NEGATIVES}, or all others if fewer",
-    )
+    add("--count-negatives", type=number(int, 1), help="K, from the bank; None is 6400, or all others if fewer")
     add("--batch-negatives", **switch(True), help="whether the f(φ(I)) of the batch's other images are negatives too")
     add("--beta", type=number(float, 0, 0.999), default=0.5, help="β: the weight of the past in the memory bank")
     add = parser.add_argument_group("training").add_argument
@@ -123,8 +117,6 @@ def main():
 
 
 # ---- The loss --------------------------------------------------------------------------------------------------------
-
-
 def candidate_logits(u, w, negatives, hidden, temperature):
     """[s(u, w), s(w, m_1), …, s(w, m_K)] / τ: the positive and the negatives among which it is to be found.
 
@@ -175,8 +167,6 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-
-
 class Pretraining:
     """Network, optimiser and memory bank, and a step of training with them."""
 
@@ -307,8 +297,6 @@ def neighbours(run, labelled):
 
 
 # ---- The run's beginning, its record and its end ---------------------------------------------------------------------
-
-
 def settle(args, device, checkpoint):
     """Fill in the arguments that depend on others or on the machine."""
     args.precision = rh.choose_precision(args, device)
@@ -331,9 +319,7 @@ def check(args, train_count):
     if size > train_count:
         raise rh.UserError(f"--batch-size {size} is more than the {train_count} training images: choose a smaller one")
     if negatives > train_count - 1:
-        raise rh.UserError(
-            f"--count-negatives {negatives} is more than the {train_count - 1} other images: choose fewer"
-        )
+        raise rh.UserError(f"--count-negatives {negatives} is more than the {train_count - 1} other images: lower it")
 
 
 def warm_start(run, progress, experiment):
@@ -361,13 +347,11 @@ def load_monitor(args, device):
 
 def announce(run, progress):
     """Say what is about to be done."""
-    args, ranks = run.args, f", {run.ranks} ranks" if run.ranks > 1 else ""
+    args, device, ranks = run.args, run.device.type, f", {run.ranks} ranks" if run.ranks > 1 else ""
     side, spare = args.image_size, len(run.images) - run.train_count
     all_others = " (all other training images)" if run.negatives == run.train_count - 1 else ""
     epochs = f"epochs {progress.epoch} to {args.epochs}" if progress.epoch <= args.epochs else "all epochs are done"
-    print(
-        f"{args.experiment_name}: PIRL, {args.model_type}, {run.device.type}, {args.precision}, seed {args.seed}{ranks}"
-    )
+    print(f"{args.experiment_name}: PIRL, {args.model_type}, {device}, {args.precision}, seed {args.seed}{ranks}")
     print(f"  {run.train_count} training images of {side} × {side} pixels, {spare} for validation")
     print(f"  {run.epoch_steps} steps of {args.batch_size} per epoch, {epochs}")
     print(f"  {run.negatives} negatives{all_others}, loss {args.loss}, positives of the {args.positive}", flush=True)
@@ -398,9 +382,8 @@ def export(run, progress, experiment):
     """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
     if rh.rank() == 0:
         parts = {"trunk": run.plain_trunk(), "head_f": run.model.head_f, "head_g": run.model.head_g}
-        experiment.export(
-            parts, progress.rows, run.device, images=run.train_count, pixel_mean=dh.MEAN, pixel_std=dh.STD
-        )
+        more = {"images": run.train_count, "pixel_mean": dh.MEAN, "pixel_std": dh.STD}
+        experiment.export(parts, progress.rows, run.device, **more)
         print(f"wrote {experiment.model}, {experiment.checkpoint} and {experiment.observations}")
 
 

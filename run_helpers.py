@@ -77,8 +77,6 @@ def first_line(error):
 
 
 # ---- Ranks: the processes of one job, started by torchrun ------------------------------------------------------------
-
-
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -113,8 +111,6 @@ def same_on_all_ranks(*numbers):
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one line for a usage error."""
 
@@ -147,13 +143,6 @@ def between(kind, low, high=10**9):
     return number
 
 
-def file_to_write(text):
-    path = Path(text)
-    if path.name in ("", "..") or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} names no file")
-    return path
-
-
 def experiment_name(text):
     if not re.fullmatch(r"\w[\w.,+= -]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a plain file name")
@@ -161,7 +150,7 @@ def experiment_name(text):
 
 
 def add_run_arguments(parser, experiment):
-    """The flags that both training scripts have, in two groups."""
+    """The flags about files and the machine that both training scripts have."""
     add = parser.add_argument_group("files").add_argument
     add("--experiment-name", type=experiment_name, default=experiment, help="the name of the files that the run writes")
     add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder with the images")
@@ -182,8 +171,6 @@ def settings_of(args):
 
 
 # ---- Devices and random numbers --------------------------------------------------------------------------------------
-
-
 def choose_device(args):
     """args.device -> torch.device. Sets the process's switches for it."""
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -239,8 +226,6 @@ def generator(device, *key):
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def whole_file(path, mode="wb"):
     """Open a file that appears under `path` whole or not at all: written beside it, synced, renamed."""
@@ -399,7 +384,7 @@ class Progress:
         self.epoch, self.step, self.seconds = 1, 0, 0.0  # step: how many of the epoch are done, in so many seconds
         self.sums = torch.zeros(math.ceil(images / args.batch_size), 2, device=device)  # of losses and hits, by step
         self.rows = []  # of the CSV
-        self.signal, self.noted, self.saved, self.kept = 0, None, time.monotonic(), False
+        self.signal, self.saved, self.kept = 0, time.monotonic(), False
 
     def state_dict(self):
         return {name: getattr(self, name) for name in ("epoch", "step", "seconds", "rows", "sums")}
@@ -447,12 +432,8 @@ class Progress:
                 signal.signal(number, handler)
 
     def note(self, number, frame):
-        """A signal asks the loop to stop after its step; one that comes two seconds later ends the process at once."""
-        if not self.signal:  # and before, it is the same request, by way of the launcher
-            self.signal, self.noted = number, time.monotonic()
-        elif time.monotonic() - self.noted > 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        """A signal asks the loop to stop after its step."""
+        self.signal = number
 
     def agreed(self, due, at_end):
         """(number of a signal or 0, whether rank 0 wants a checkpoint): the same on all ranks."""

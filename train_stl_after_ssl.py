@@ -57,12 +57,10 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of the softmax stage (SGD, momentum 0.9)")
     add("--full-lr", type=number(float, 0, 100), default=0.01, help="learning rate of the full stage")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights that are trained")
-    add(
-        "--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr is lr / 10"
-    )
+    add("--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr / 10")
     add = parser.add_argument_group("results").add_argument
     add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
-    add("--neighbours", type=rh.file_to_write, help="a picture to write: test images with the nearest training images")
+    add("--neighbours", type=Path, help="a picture to write: test images with the nearest training images")
     return parser.parse_args(argv)
 
 
@@ -141,7 +139,7 @@ class FineTuning:
             raise rh.UserError(f"--batch-size {args.batch_size} is more than the {len(self.train)} images: lower it")
         self.classes = dh.class_names(args.data_dir, classes)
         self.folds = read_folds(args.data_dir, len(self.images), device) if args.folds else []
-        self.model = models.Classifier(trunk, dimension, len(classes)).to(device, memory_format=torch.channels_last)
+        self.model = models.classifier(trunk, dimension, len(classes)).to(device, memory_format=torch.channels_last)
         if not weights or path.suffix == ".ckpt":  # a finished one comes with the statistics of whole images
             self.model.trunk = models.plain_statistics(self.model.trunk, self.images[self.train], args.batch_size)
         rates = {"lr": args.full_lr, "momentum": 0.9, "weight_decay": args.weight_decay}
@@ -210,8 +208,6 @@ def read_folds(data_dir, count, device):
 
 
 # ---- Only the softmax layer, on features that are computed once ------------------------------------------------------
-
-
 def train_softmax_layer(run):
     """Train it on the frozen trunk's features of each image and its mirror image. Returns the rows of the CSV.
 
@@ -311,8 +307,6 @@ def row_of(stage, epoch, train, validation, optimizer, images_per_second):
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
-
-
 def report(run, progress, experiment):
     """Write <experiment>.pt and the pictures, print the table and append it to results.md."""
     parts = {"trunk": run.model.trunk, "softmax_layer": run.model.softmax_layer}

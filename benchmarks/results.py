@@ -5,22 +5,22 @@ learning curves beside it. The runs' files are under results/<name>/; what is fi
 was interrupted goes on.
 """
 
+import itertools
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
 
 import run_helpers as rh
 import torch
 
 import pirl_stl_train_test as pirl
 import train_stl_after_ssl as labelled
-from pictures import curve_picture, save_picture
 from train_stl_after_ssl import HEADER, ROWS, spread
 
 TIMES = "Stage | Minutes | Minutes from the start until it is done\n--- | --- | ---\n"
 CURVES = {"train_loss": "training loss", "knn_acc": "nearest-neighbour accuracy, training images"}
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")  # of the seeds
 
 
 def parse_args():
@@ -33,17 +33,16 @@ def parse_args():
     add("--labelled-epochs", type=count, default=100, help="epochs of each labelled stage")
     add("--flags", default="", help="further flags of pretraining, in one word: '--lr 0.1 --stem small'")
     add("--labelled-flags", default="", help="further flags of fine-tuning; full fine-tuning and --lr 0.1 are given")
-    add("--common-flags", default="", help="further flags of both, such as '--precision bf16'")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     name = args.data_dir.resolve().name
-    folder, table, picture = (args.results_dir / f"{name}{suffix}" for suffix in ("", ".md", ".png"))
-    common = ["--data-dir", str(args.data_dir), *shlex.split(args.common_flags)]
-    first = ["--epochs", str(args.epochs), *common, *shlex.split(args.flags)]
-    then = ["--epochs", str(args.labelled_epochs), "--full-fine-tune", "True", "--lr", "0.1", *common]
+    folder, table, picture = (args.results_dir / f"{name}{suffix}" for suffix in ("", ".md", ".svg"))
+    data = ["--data-dir", str(args.data_dir)]
+    first = [*data, "--epochs", str(args.epochs), *shlex.split(args.flags)]
+    then = [*data, "--epochs", str(args.labelled_epochs), "--full-fine-tune", "True", "--lr", "0.1"]
     then += ["--patience-for-lr-decay", "4", *shlex.split(args.labelled_flags)]
     pretrained, tuned, random = [], [], []
     for number in range(args.seeds):
@@ -54,15 +53,15 @@ def main():
     if len({run["images"] for run in pretrained}) > 1:
         raise rh.UserError(f"the runs in {folder} are of different images: remove them")
     text = f"# {name}: {pretrained[0]['images']} unlabelled training images, {args.seeds} seeds\n\n"
-    text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.png)\n\n"
+    text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\n"
     text += "Commands, for `--seed` 0 and on:\n\n"
     for module, flags in ((pirl, first), (labelled, [*then, "--pirl-model-name", "…"]), (labelled, then)):
         text += f"    python {Path(module.__file__).name} {shlex.join(flags)}\n"
     text += "".join(f"\n{machine}\n" for machine in sorted({run["machine"] for run in pretrained + tuned + random}))
     curves = {c: [[(r["epoch"], r[c]) for r in run["rows"] if r[c] is not None] for run in pretrained] for c in CURVES}
-    save_picture(curve_picture([(CURVES[column], lines) for column, lines in curves.items()]), picture)
-    with rh.whole_file(table, "w") as file:
-        file.write(text)
+    for path, content in ((picture, curve_picture(curves)), (table, text)):
+        with rh.whole_file(path, "w") as file:
+            file.write(content)
     print(f"\n{text}\nwrote {table} and {picture}")
 
 
@@ -101,10 +100,26 @@ def tables(pretrained, tuned, random):
                 seconds = [run["seconds"][key] for run in runs]
                 done = [a + b for a, b in zip(done, seconds, strict=True)]
                 times += f"{ROWS[key]}, {trunk} | {spread(seconds, 1 / 60, '')} | {spread(done, 1 / 60, '')}\n"
-        folds = [[test for _, test in run["results"].get("folds", []) if test is not None] for run in runs]
-        if all(folds):
-            table += f"{ROWS['folds']}, {trunk} | none | {spread([mean(tests) for tests in folds])}\n"
     return f"Accuracy of the epoch with the best validation accuracy, mean ± standard deviation.\n\n{table}\n{times}"
+
+
+def curve_picture(panels):
+    """SVG with a panel per column of the CSV: {column: a list of (epoch, value) for each seed}."""
+    shapes = []
+    for place, (column, curves) in enumerate(panels.items()):
+        points, left = [point for curve in curves for point in curve] or [(1, 0)], 70 + 560 * place
+        last, low, high = max(points)[0], min(v for _, v in points), max(v for _, v in points)
+        shapes.append(f'<text x="{left}" y="25" font-size="16">{CURVES[column]}</text>')
+        for share in (0, 0.5, 1):
+            y, value, epoch = 310 - 260 * share, low + share * (high - low), round(1 + share * (last - 1))
+            shapes.append(f'<path d="M{left} {y}h460" stroke="#ddd"/><text x="{left - 60}" y="{y}">{value:.3f}</text>')
+            shapes.append(f'<text x="{left + 440 * share}" y="335">{"epoch " * (share == 0)}{epoch}</text>')
+        for curve, colour in zip(curves, itertools.cycle(COLOURS)):
+            wide, tall = 460 / max(1, last - 1), 260 / (high - low or 1)
+            line = " ".join(f"{left + (e - 1) * wide:.1f},{310 - (v - low) * tall:.1f}" for e, v in curve)
+            shapes.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {560 * len(panels)} 350" font-family="sans-serif">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *shapes, "</svg>\n"])
 
 
 if __name__ == "__main__":

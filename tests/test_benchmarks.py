@@ -25,10 +25,12 @@ def make_table(call, data_dir, tmp_path, monkeypatch):
         made.append(script)
         return SimpleNamespace(returncode=0)
 
+    tiny, size = "--image-size 36 --device cpu", "--batch-size 16"
+
     def make_table(flags):
         command = ["results", "--data-dir", str(data_dir), "--results-dir", str(tmp_path), "--seeds", "2"]
-        command += ["--epochs", "1", "--labelled-epochs", "2", "--common-flags=--image-size 36 --device cpu"]
-        monkeypatch.setattr("sys.argv", [*command, f"--flags={flags}", "--labelled-flags=--batch-size 16"])
+        command += ["--epochs", "1", "--labelled-epochs", "2"]
+        monkeypatch.setattr("sys.argv", [*command, f"--flags={flags} {tiny}", f"--labelled-flags={tiny} {size}"])
         results.main()
         return (tmp_path / "data.md").read_text().splitlines()
 
@@ -47,7 +49,7 @@ def test_results(make_table, tmp_path):
         for stage in ("neighbours", "softmax", "full"):
             (line,) = [line for line in lines if line.startswith(f"{ROWS[stage]}, {trunk} trunk | ") and "%" in line]
             assert line.count("±") == 2
-    assert (tmp_path / "data.png").exists()
+    assert (tmp_path / "data.svg").exists()
     for changed in ("--lr 0.1", "--tmax-for-cos-decay 5"):
         with pytest.raises(rh.UserError, match="another " + changed.split()[0].strip("-").replace("-", "_")):
             make_table(f"--only-train True --batch-size 16 {changed}")

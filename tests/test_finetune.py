@@ -16,7 +16,7 @@ from PIL import Image
 import dataset_helpers as dh
 import pictures
 import train_stl_after_ssl as labelled
-from models import Classifier, make_trunk
+from models import classifier, make_trunk
 
 HEADER = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy"
 
@@ -87,7 +87,7 @@ def test_softmax_on_cached_features_equals_training_through_the_frozen_trunk():
     torch.testing.assert_close(layer.bias, best[1], rtol=1e-3, atol=1e-4)
     assert accuracy_of_fit == pytest.approx(best_accuracy)
 
-    model = Classifier(trunk, d, 10)
+    model = classifier(trunk, d, 10)
     labelled.fold_standardisation(layer, mean, scale, model.softmax_layer)
     with torch.no_grad():
         expected = layer((features[0] - mean) / scale)
@@ -128,7 +128,7 @@ def test_the_reported_accuracy_is_that_of_the_written_weights(call, tiny, tmp_pa
     assert "random trunk, images of" in outcome.out
     state = weights(tmp_path, "base")
     trunk, d = make_trunk("res18")
-    model = Classifier(trunk, d, 10)
+    model = classifier(trunk, d, 10)
     trunk.load_state_dict(state["trunk"])
     model.softmax_layer.load_state_dict(state["softmax_layer"])
     images, labels, *_ = dh.load_labelled(data_dir / "test", 36, torch.device("cpu"))
@@ -309,7 +309,7 @@ def test_pictures_show_what_they_say():
     side = pictures.TILE + 8 + 4
 
     def tile(row, column):
-        return lambda y, x: list(grid.getpixel((4 + column * side + x, 4 + row * side + y)))
+        return lambda y, x: list(grid.getpixel((column * side + x, row * side + y)))
 
     for row, column, value, frame in (
         *((0, 0, 10, (255, 255, 255)), (0, 1, 10, pictures.RIGHT), (0, 2, 200, pictures.WRONG)),
@@ -321,7 +321,7 @@ def test_pictures_show_what_they_say():
         assert max(min(shade) for shade in shades) > value + 40, "a name"
     labels, predictions = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
     picture = pictures.confusion_picture(labels, predictions, ["a", "b"])
-    shades = [picture.getpixel((130 + 46 * j + 2, 110 + 46 * i + 2)) for i in range(2) for j in range(2)]
+    shades = [picture.getpixel((130 + 46 * j + 2, 60 + 46 * i + 2)) for i in range(2) for j in range(2)]
     assert shades[3] == (31, 119, 180), "all of class b"
     assert shades[2] == (255, 255, 255), "none of class b as a"
     assert len(set(shades)) == 4

@@ -6,7 +6,7 @@ PY = .venv/bin/python
 
 DEMO = --data-dir demo/data --weights-dir demo/weights --observations-dir demo/observations_dir \
        --image-size 48 --seed $(SEED)
-DEMO_LABELLED = $(PY) train_stl_after_ssl.py $(DEMO) --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 3
+DEMO_LABELLED = $(PY) train_stl_after_ssl.py $(DEMO) --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 2
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -33,7 +33,8 @@ test: .venv/development  ## the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal
 
 FAULTS ?= 200
-faults: .venv/development  ## kill, interrupt, fill the disk …: the fault suite, long (FAULTS=200 SEED=0)
+faults: .venv/development  ## the slow tests; then kill, interrupt, fill the disk …, long (FAULTS=200 SEED=0)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal -m slow
 	$(PY) tests/faults.py --faults $(FAULTS) --seed $(SEED)
 
 endurance: .venv/development  ## 2,000 steps and hundreds of checkpoints: memory and open files must not grow

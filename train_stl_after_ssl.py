@@ -317,8 +317,6 @@ def report(run, progress, experiment):
         images, labels = run.images[run.validation], run.labels[run.validation]
     confusion = experiment.observations.with_name(f"{experiment.name}_confusion.png")
     save_picture(confusion_picture(labels, run.predictions(run.features(images)), run.classes), confusion)
-    if run.args.neighbours:
-        draw_neighbours(run, images, labels)
     table = f"{run.trunk_name}, images of {run.args.data_dir}:\n\n{HEADER}"
     for name in (name for name in ROWS if name in run.results):
         if name == "folds":
@@ -330,6 +328,8 @@ def report(run, progress, experiment):
     results = run.args.observations_dir / "results.md"
     add_to_results(results, experiment.name, table)
     print(f"\n{table}\nwrote {experiment.model}, {experiment.observations}, {confusion} and {results}")
+    if run.args.neighbours:
+        draw_neighbours(run, images, labels)
 
 
 def spread(values, scale=100, unit=" %"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from stl10_data_load import SPLITS, STL10_SIDE
 
-COUNTS = {"train": 2000, "test": 2000, "unlabelled": 2000}
+COUNTS = {"train": 2000, "test": 1000, "unlabelled": 2000}
 PATTERNS = {  # name: intensity about 0 … 1 from coordinates x, y in −1 … 1, already turned, scaled and shifted
     "stripes": lambda x, y: wave(x),
     "checks": lambda x, y: sharp(np.sin(9 * x) * np.sin(9 * y)),
@@ -70,10 +70,9 @@ def write_synthetic(raw, counts, seed):
 def main():
     parser = rh.Parser(__doc__.split("\n")[0])
     parser.add_argument("--raw-dir", type=Path, default=Path("raw_synthetic"), help="the folder to write, a new one")
-    parser.add_argument("--unlabelled", type=rh.between(int, 1), default=2000, help="how many unlabelled images")
     parser.add_argument("--seed", type=rh.between(int, 0, 2**32 - 1), default=0, help="the seed of the images")
     args = parser.parse_args()
-    write_synthetic(args.raw_dir / "stl10_binary", COUNTS | {"unlabelled": args.unlabelled}, args.seed)
+    write_synthetic(args.raw_dir / "stl10_binary", COUNTS, args.seed)
     print(f"wrote {args.raw_dir}")
 
 

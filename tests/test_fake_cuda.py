@@ -35,6 +35,7 @@ def test_no_step_waits_for_the_device_and_no_operator_meets_two_devices():
     assert out.endswith("no step waits for the device, and no operator met tensors of two devices\n")
 
 
+@pytest.mark.slow
 def test_planted_defects_are_found():
     assert "NOT FOUND" not in (out := pretend("defects"))
     assert out.count("cuda:0 and cpu") == 2

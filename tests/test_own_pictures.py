@@ -411,7 +411,7 @@ def test_features_by_torchvision_s_weights(call, flags, zoo, tmp_path):
 
 
 @pytest.mark.full_trunk
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("stem", ["imagenet", pytest.param("small", marks=pytest.mark.slow)])
 def test_the_readme_s_snippet(call, flags, zoo, tmp_path, stem):
     """It gives the features that extract_features.py gives."""
     code = re.search(r"## Use the trunk\n\n((?:    .*\n|\n)+)", (ROOT / "README.md").read_text())[1]

@@ -63,7 +63,7 @@ def difference(a, b):
     return max((a[p][k].double() - b[p][k].double()).abs().max() for p in parts for k in a[p] if "num_batches" not in k)
 
 
-@pytest.mark.parametrize(("ranks", "precision"), [(2, "bf16"), (4, "fp32")])
+@pytest.mark.parametrize(("ranks", "precision"), [(2, "bf16"), pytest.param(4, "fp32", marks=pytest.mark.slow)])
 def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path, ranks, precision):
     """70 images in batches of 16: the last batch has 6, which four ranks share unevenly."""
     flags = (*tiny, "--precision", precision, "--experiment-name", "exp")
@@ -118,6 +118,7 @@ def test_two_ranks_end_where_one_process_ends(run_alone, tiny, tmp_path):
     assert same_rows(one, two)
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_two_ranks_to_one_and_back(run_alone, tiny, tmp_path):
     """With batch norm in eval mode and the whole batch's vectors as negatives: as if it had been on one throughout."""
     flags = (*tiny, *FROZEN, "--batch-negatives", "True", "--tmax-for-cos-decay", 3)
@@ -159,7 +160,7 @@ def pid_of_rank(process, rank):
     raise AssertionError("no such rank")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_job(endless, rank):
     os.kill(pid_of_rank(endless, rank), signal.SIGKILL)
     status, _, err = finish(endless, 30)
@@ -168,6 +169,7 @@ def test_a_killed_rank_ends_the_job(endless, rank):
     assert "another rank" in error_lines(err)[0]
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_processes_checkpoints(endless, tiny, tmp_path):
     """To ranks and launcher, which passes it on to the ranks, as when a scheduler stops a job."""
     for pid in (*(pid_of_rank(endless, rank) for rank in (0, 1)), endless.pid):
@@ -203,6 +205,7 @@ def test_an_error_on_one_rank_ends_all_with_its_line(tiny, tmp_path):
     assert error_lines(err) == ["error: rank 1 has a problem of its own: solve it"]
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_images_are_refused(tiny, tmp_path):
     status, _, err = finish(launch(2, WORKER, tmp_path, "other-images", *tiny, "--experiment-name", "exp"), 60)
     assert status != 0
@@ -229,6 +232,7 @@ def test_the_parser_speaks_on_rank_0_alone(monkeypatch, capsys, rank, lines):
     assert ("--batch-size" in err) == bool(lines)
 
 
+@pytest.mark.slow
 def test_fine_tuning_refuses_several_ranks(tiny, tmp_path):
     status, out, err = finish(launch(2, ROOT / "train_stl_after_ssl.py", *tiny), 60)
     assert status != 0

@@ -537,6 +537,7 @@ def write_patterns(folder):
         Image.fromarray((255 * image).astype(np.uint8)).save(folder / f"{i}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.full_trunk
 def test_overfits_64_images(call, tmp_path):
     """The pretext accuracy on 64 training images passes 90 % in under two minutes of two cores' time."""

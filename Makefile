@@ -3,6 +3,7 @@
 PYTHON ?= python3
 SEED ?= 0
 PY = .venv/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal
 
 DEMO = --data-dir demo/data --weights-dir demo/weights --observations-dir demo/observations_dir \
        --image-size 48 --seed $(SEED)
@@ -30,11 +31,11 @@ demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table
 	@echo; cat demo/observations_dir/results.md
 
 test: .venv/development  ## the test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal
+	$(PYTEST)
 
 FAULTS ?= 200
 faults: .venv/development  ## the slow tests; then kill, interrupt, fill the disk …, long (FAULTS=200 SEED=0)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal -m slow
+	$(PYTEST) -m slow
 	$(PY) tests/faults.py --faults $(FAULTS) --seed $(SEED)
 
 endurance: .venv/development  ## 2,000 steps and hundreds of checkpoints: memory and open files must not grow

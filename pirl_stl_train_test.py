@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the weight of the jigsaw term")
     add("--temp-parameter", type=number(float, 0.01, 100), default=0.07, help="τ: the temperature")
-    add("--count-negatives", type=number(int, 1), help="K, from the bank; None is 6400, or all others if fewer")
+    add("--count-negatives", type=number(int, 1), help=f"K, of the bank; None is {DEFAULT_NEGATIVES}, or all if fewer")
     add("--batch-negatives", **switch(True), help="whether the f(φ(I)) of the batch's other images are negatives too")
     add("--beta", type=number(float, 0, 0.999), default=0.5, help="β: the weight of the past in the memory bank")
     add = parser.add_argument_group("training").add_argument

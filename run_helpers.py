@@ -143,6 +143,13 @@ def between(kind, low, high=10**9):
     return number
 
 
+def file_to_write(text):
+    path = Path(text)
+    if path.name in ("", "..") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return path
+
+
 def experiment_name(text):
     if not re.fullmatch(r"\w[\w.,+= -]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a plain file name")

@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr / 10")
     add = parser.add_argument_group("results").add_argument
     add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
-    add("--neighbours", type=Path, help="a picture to write: test images with the nearest training images")
+    add("--neighbours", type=rh.file_to_write, help="a picture to write: test images with the nearest training images")
     return parser.parse_args(argv)
 
 

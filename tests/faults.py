@@ -104,7 +104,7 @@ def fine_tuned(folder):
 
 def prepared(folder):
     """Every image; and that nothing else lies there."""
-    files = sorted(path for path in (folder / "data").rglob("*") if path.is_file())
+    files = sorted(path for path in (folder / "data").rglob("*") if path.is_file() and path.name != ".complete.json")
     return digest([(str(path.relative_to(folder)), path.read_bytes()) for path in files])
 
 
@@ -164,7 +164,7 @@ def check_end(process, out, err, number, statuses, problems):
     # Between the steps of a training a signal is noted; elsewhere it ends the process, and Ctrl-C does so in one line.
     killed = number != signal.SIGINT and process.returncode == -number and not err
     # While it starts and imports, and once its work is done, Python itself answers Ctrl-C, in ways of its own.
-    unprepared = not out or "wrote" in out
+    unprepared = not out or "wrote" in out or "nothing to do" in out
     by_python = process.returncode == -number or err.rstrip().endswith("KeyboardInterrupt")
     if not orderly and not killed and not (unprepared and by_python):
         problems.append(f"status {process.returncode}, after {out!r}: {err.strip()}")

@@ -25,12 +25,12 @@ def make_table(call, data_dir, tmp_path, monkeypatch):
         made.append(script)
         return SimpleNamespace(returncode=0)
 
-    tiny, size = "--image-size 36 --device cpu", "--batch-size 16"
+    tiny = "--image-size 36 --device cpu --batch-size 16"
 
     def make_table(flags):
         command = ["results", "--data-dir", str(data_dir), "--results-dir", str(tmp_path), "--seeds", "2"]
         command += ["--epochs", "1", "--labelled-epochs", "2"]
-        monkeypatch.setattr("sys.argv", [*command, f"--flags={flags} {tiny}", f"--labelled-flags={tiny} {size}"])
+        monkeypatch.setattr("sys.argv", [*command, f"--flags={flags} {tiny}", f"--labelled-flags={tiny}"])
         results.main()
         return (tmp_path / "data.md").read_text().splitlines()
 
@@ -42,8 +42,8 @@ def make_table(call, data_dir, tmp_path, monkeypatch):
 
 def test_results(make_table, tmp_path):
     """All stages once; then nothing is run again, and a change of settings is refused."""
-    make_table("--only-train True --batch-size 16")
-    lines = make_table("--only-train True --batch-size 16")
+    make_table("--only-train True")
+    lines = make_table("--only-train True")
     assert len(make_table.made) == 6
     for trunk in ("random", "PIRL"):
         for stage in ("neighbours", "softmax", "full"):
@@ -52,7 +52,7 @@ def test_results(make_table, tmp_path):
     assert (tmp_path / "data.svg").exists()
     for changed in ("--lr 0.1", "--tmax-for-cos-decay 5"):
         with pytest.raises(rh.UserError, match="another " + changed.split()[0].strip("-").replace("-", "_")):
-            make_table(f"--only-train True --batch-size 16 {changed}")
+            make_table(f"--only-train True {changed}")
 
 
 def test_results_tell_how_long_each_stage_took():

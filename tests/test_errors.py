@@ -359,12 +359,13 @@ def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(capsys):
         ends_with(RuntimeError("a bug"))
 
 
-def test_a_picture_that_cannot_be_written_costs_no_result(call, tiny, tmp_path):
+@pytest.mark.parametrize("picture", ["", ".", "..", "/", "folder"])
+def test_a_picture_that_cannot_be_written_is_refused_before_training(call, tiny, tmp_path, picture):
     (tmp_path / "folder").mkdir()
-    outcome = call("train_stl_after_ssl", *tiny, "--experiment-name", "exp", "--neighbours", tmp_path / "folder")
-    assert outcome.is_one_line_error("folder")
-    assert (tmp_path / "weights/exp.pt").exists()
-    assert (tmp_path / "observations/results.md").exists()
+    picture = tmp_path / picture if picture == "folder" else picture
+    outcome = call("train_stl_after_ssl", *tiny, "--experiment-name", "exp", "--neighbours", picture)
+    assert outcome.is_one_line_error("--neighbours", status=2)
+    assert not (tmp_path / "weights/exp.pt").exists()
 
 
 def test_an_experiment_named_like_the_table(call, tiny):

@@ -23,33 +23,32 @@ EVALUATION_BATCH = 128  # at most so many images at a time when nothing is train
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A 3 × 3 convolution with padding 1 which computes square maps of 1 × 1 and 2 × 2 pixels as one linear layer.
+    """A 3 × 3 or 1 × 1 convolution which computes square maps of 1 × 1 and 2 × 2 pixels as one linear layer.
 
     Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution multiplies mostly zeros. Here
-    only the taps that touch the map count: the same function of the weights [out, in, 3, 3], up to 9 times less work.
+    only the taps that touch the map count: the same function of the weights, up to 9 times less work.
     """
 
     @staticmethod
     def adopt(convolution):
         """Give an nn.Conv2d this forward; its parameters and its state dict stay as they are."""
         convolution.__class__ = SmallMapConv2d
-        # The output at (a, b) of a 2 × 2 map sees pixel (y, x) by the tap (y − a + 1, x − b + 1).
+        # Of a 2 × 2 map, the output at (a, b) sees pixel (y, x) by the tap (y − a + 1, x − b + 1) of 3 × 3.
         places = range(0, 2, convolution.stride[0])
         taps = [3 * (y - a + 1) + x - b + 1 for a in places for b in places for y in (0, 1) for x in (0, 1)]
         convolution.register_buffer("taps", torch.tensor(taps), persistent=False)
         return convolution
 
     def forward(self, x):  # [B, in, S, S] -> [B, out, S', S'], S' = ⌈S / stride⌉
-        side = x.shape[3]
+        side, kernel, stride = x.shape[3], self.kernel_size[0], self.stride[0]
         if side > 2 or x.shape[2] != side:
             return super().forward(x)
-        if side == 1:
-            matrix = self.weight[:, :, 1, 1]
-        else:
-            matrix = self.weight.flatten(2).index_select(2, self.taps).unflatten(2, (-1, 4))  # [out, in, S'·S', 4]
-            matrix = matrix.permute(2, 0, 3, 1).reshape(-1, 4 * self.in_channels)
-        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix).unflatten(1, (-1, self.out_channels))
-        return y.unflatten(1, (-(-side // self.stride[0]), -1)).permute(0, 3, 1, 2)
+        pixels, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # as they lie in memory: channels last
+        if kernel == 1 or side == 1:  # the middle tap alone
+            return F.linear(pixels[:, ::stride, ::stride], weight[:, kernel // 2, kernel // 2]).permute(0, 3, 1, 2)
+        matrix = weight.flatten(1, 2).index_select(1, self.taps).view(-1, 4 * self.in_channels)  # [out·S'·S', 4·in]
+        y = F.linear(pixels.flatten(1), matrix).view(len(x), -1, 2 // stride, 2 // stride)
+        return y.contiguous(memory_format=torch.channels_last)
 
 
 def make_trunk(model_type, stem="imagenet", zero_init=True):
@@ -65,7 +64,7 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
         trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     for module in trunk.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.padding == (1, 1):
+        if isinstance(module, nn.Conv2d) and module.kernel_size in ((1, 1), (3, 3)):
             SmallMapConv2d.adopt(module)
     return trunk, dimension
 

@@ -1,4 +1,4 @@
-"""3 × 3 convolutions of maps of 1 × 1 and 2 × 2 pixels as matrix products: the function that torch computes."""
+"""3 × 3 and 1 × 1 convolutions of maps of 1 × 1 and 2 × 2 pixels as matrix products: the function that torch computes."""
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from models import SmallMapConv2d, make_trunk
 def both(convolution, x):
     """(output, gradients of input and weight) of the module's forward, and the same of F.conv2d."""
     results = []
-    for forward in (convolution, lambda x: F.conv2d(x, convolution.weight, None, convolution.stride, 1)):
+    stride, padding = convolution.stride, convolution.padding
+    for forward in (convolution, lambda x: F.conv2d(x, convolution.weight, None, stride, padding)):
         x = x.detach().clone().requires_grad_()
         y = forward(x)
         direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
@@ -21,11 +22,13 @@ def both(convolution, x):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
-def test_equals_conv2d_in_outputs_and_gradients(side, stride, layout):
+def test_equals_conv2d_in_outputs_and_gradients(side, stride, kernel, layout):
     torch.manual_seed(0)
-    convolution = SmallMapConv2d.adopt(nn.Conv2d(5, 7, 3, stride, 1, bias=False)).double().to(memory_format=layout)
+    plain = nn.Conv2d(5, 7, kernel, stride, kernel // 2, bias=False)
+    convolution = SmallMapConv2d.adopt(plain).double().to(memory_format=layout)
     x = torch.randn(3, 5, side, side, dtype=torch.float64).contiguous(memory_format=layout)
     for mine, theirs in zip(*both(convolution, x), strict=True):
         assert mine.shape == theirs.shape

@@ -18,14 +18,12 @@ import models
 def parse_args(argv=None):
     parser = rh.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    model = "a .pt or .ckpt file of the training scripts, or a name in the weights folder"
-    add("--model", required=True, help=model)
+    add("--model", required=True, help="a .pt or .ckpt file of the training scripts, or a name in the weights folder")
     add("--images", type=Path, required=True, help="the folder of images; its folders are searched too")
     out = "features.npz with names, features, classes and probabilities, or predictions.csv"
     add("--out", type=Path, default=Path("features.npz"), help=out)
     add("--weights-dir", type=Path, default=Path("weights"), help="the weights folder")
-    size = "side of the images in pixels; None is that of the training"
-    add("--image-size", type=rh.between(int, 36, 224), help=size)
+    add("--image-size", type=rh.between(int, 36, 224), help="side of the images in pixels; None is that of training")
     add("--batch-size", type=rh.between(int, 1, models.EVALUATION_BATCH), default=128, help="images at a time")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a CUDA GPU if there is one")
     parser.set_defaults(deterministic=False)
@@ -44,7 +42,7 @@ def main():
         raise rh.UserError(f"{path} has no softmax layer, so it predicts nothing: use --out features.npz")
     model_type = settings.get("model_type") or models.model_type_of(weights["trunk"])
     trunk, dimension = models.make_trunk(model_type, settings.get("stem") or "imagenet")
-    network = models.classifier(trunk, dimension, len(weights.get("classes", "1")))
+    network = models.classifier(trunk, dimension, len(weights.get("classes", ["one"])))
     parts = {name: getattr(network, name) for name in ("trunk", "softmax_layer") if name in weights}
     models.load_weights(parts, weights, path)
     network.to(device, memory_format=torch.channels_last)

@@ -13,11 +13,11 @@ from torch.optim.swa_utils import update_bn
 from torchvision.models import resnet18, resnet34, resnet50
 
 import dataset_helpers as dh
+from jigsaw import CELLS
 
 TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
 PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # of a network, under these names in our files
 VECTOR_SIZE = 128  # numbers in an output of the heads and in a row of the memory bank (paper, section 3.2)
-PATCHES = 9
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # of the k-nearest-neighbour classifier
 EVALUATION_BATCH = 128  # at most so many images at a time when nothing is trained
 
@@ -83,7 +83,7 @@ class JigsawHead(nn.Module):
     def __init__(self, dimension, non_linear):
         super().__init__()
         self.patch = nn.Linear(dimension, VECTOR_SIZE)
-        self.together = head_output(PATCHES * VECTOR_SIZE, non_linear)
+        self.together = head_output(CELLS * VECTOR_SIZE, non_linear)
 
     def forward(self, features):  # [B, 9, d] -> [B, 128]
         return self.together(self.patch(features).flatten(1))
@@ -104,7 +104,7 @@ class PIRL(nn.Module):
         image_vectors = self.head_f(self.trunk(images))
         with self.batch_statistics():
             patch_features = self.trunk(patches)
-        return image_vectors, self.head_g(patch_features.unflatten(0, (-1, PATCHES)))
+        return image_vectors, self.head_g(patch_features.unflatten(0, (-1, CELLS)))
 
     @contextlib.contextmanager
     def batch_statistics(self):
@@ -156,7 +156,7 @@ def model_type_of(trunk):
 
 def load_weights(modules, weights, path):
     """Give each of `modules`, a dict by the names in PARTS, its state dict; say which parts of the file are used."""
-    with rh.fitting(path, "give the --model-type, --stem and --non-linear-head that it was made with"):
+    with rh.fitting(path, "give the --model-type and the other flags of the network that it was made with"):
         for name, module in modules.items():
             module.load_state_dict(weights[name])
     unused = [name for name in PARTS if name in weights and name not in modules]

@@ -36,7 +36,8 @@ def neighbour_picture(queries, query_labels, found, found_labels, names):
 def confusion_picture(labels, predictions, names):
     """Per cent of each class (row) by predicted class (column), of labels and predictions int64 [N]. A Pillow image."""
     count, left, top = len(names), 130, 60
-    cell = 46 if count <= 20 else max(4, 920 // count)  # of many classes the shades alone are shown
+    few = count <= 20  # of many classes the shades alone are shown
+    cell = 46 if few else max(4, 920 // count)
     matrix = torch.bincount((labels * count + predictions).cpu(), minlength=count**2).view(count, count)
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = Image.new("RGB", (left + max(count * cell, 300) + 12, top + count * cell + 12), "white")
@@ -45,13 +46,13 @@ def confusion_picture(labels, predictions, names):
     for i, name in enumerate(names):
         y = top + i * cell
         draw.text((left - 8, y + cell / 2), name[:20], "black", font_size=min(13, cell), anchor="rm")
-        if cell == 46:
+        if few:
             draw.text((left + (i + 0.5) * cell, top - 6), name[:8], "black", font_size=10, anchor="ms")
         for j, share in enumerate(shares[i].tolist()):
             x, full = left + j * cell, (31, 119, 180) if i == j else WRONG
             shade = tuple(round(255 - share * (255 - c)) for c in full)
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
-            if cell == 46:
+            if few:
                 ink = "white" if share > 0.5 else "black"
                 draw.text((x + cell / 2, y + cell / 2), f"{100 * share:.0f}", ink, font_size=13, anchor="mm")
     return image

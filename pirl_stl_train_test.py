@@ -25,10 +25,7 @@ STATISTICS_IMAGES = 4096  # at most so many training images for the exported bat
 GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
 ADVICE = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
 # What a resumed run may change, and what it keeps from its checkpoint unless the flag is given again.
-MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "epochs", "checkpoint_minutes"}
-MAY_DIFFER |= {"knn_every", "tensorboard", "compile", "precision", "tmax_for_cos_decay"}
-COLUMNS = ["epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second"]
-COLUMNS += ["seconds", "knn_acc"]
+MAY_DIFFER = rh.MAY_DIFFER | {"epochs", "knn_every", "tensorboard", "compile", "tmax_for_cos_decay"}
 KEPT = ("precision", "tmax_for_cos_decay", "warm_start", "pirl_model_name", "cont_epoch")
 
 
@@ -62,7 +59,7 @@ def parse_args(argv=None):
     add("--warmup-steps", type=number(int, 0), default=100, help="steps in which the learning rate rises from 0")
     add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the learning rate reaches 0; None is --epochs")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights")
-    add("--knn-every", type=number(int, 0), default=5, help="epochs between measurements of the features, 0 for none")
+    add("--knn-every", type=number(int, 0), default=5, help="epochs between measurements of kNN accuracy, 0 for none")
     add("--tensorboard", **switch(False), help="whether to write a TensorBoard log too")
     add("--warm-start", **switch(False), help="whether to start from --pirl-model-name, or this name's finished model")
     add("--pirl-model-name", help="with --warm-start: a file of weights, or a name in the weights folder")
@@ -71,7 +68,7 @@ def parse_args(argv=None):
     if not args.warm_start and not args.resume and (args.pirl_model_name or args.cont_epoch):
         parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
     if (args.cont_epoch or 1) > args.epochs:
-        parser.error(f"--cont-epoch {args.cont_epoch} is behind the last of --epochs {args.epochs}")
+        parser.error(f"--cont-epoch {args.cont_epoch} is after the last epoch, --epochs {args.epochs}")
     return args
 
 
@@ -94,8 +91,8 @@ def main():
         warm_start(run, progress, experiment)
         save()  # in the place of what an earlier run of this name has left
     rh.same_on_all_ranks(checksum, progress.epoch, progress.step)
-    labelled = load_monitor(args, device) if args.knn_every and rh.rank() == 0 else None
-    writer = tensorboard_writer(experiment, progress.epoch) if args.tensorboard and rh.rank() == 0 else None
+    labelled = load_monitor(args, device) if args.knn_every and rh.RANK == 0 else None
+    writer = tensorboard_writer(experiment, progress.epoch) if args.tensorboard and rh.RANK == 0 else None
     announce(run, progress)
     while progress.epoch <= args.epochs:
         epoch, started = progress.epoch, time.monotonic() - progress.seconds
@@ -103,12 +100,13 @@ def main():
         draws = run.view_draws(epoch)
         for index in progress.steps(order.split(args.batch_size), save):
             progress.sums[progress.step] = run.step(index, draws, epoch, progress.step)
-        (train_loss, train_acc), (val_loss, val_acc) = progress.means(), validate(run, draws, epoch)
+        train, val = progress.means(), validate(run, draws, epoch)  # (loss, accuracy)
+        row = {"epoch": epoch, "train_loss": train[0], "val_loss": val[0], "train_acc": train[1], "val_acc": val[1]}
+        row["learning_rate"] = run.optimizer.param_groups[0]["lr"]
+        row["images_per_second"] = round(train_count / progress.seconds, 1)
         due = labelled and (epoch % args.knn_every == 0 or epoch == args.epochs)
-        knn_acc, lr = neighbours(run, labelled) if due else None, run.optimizer.param_groups[0]["lr"]
-        speed, seconds = round(train_count / progress.seconds, 1), round(time.monotonic() - started, 2)
-        values = (epoch, train_loss, val_loss, train_acc, val_acc, lr, speed, seconds, knn_acc)
-        row = dict(zip(COLUMNS, values, strict=True))
+        row["knn_acc"] = neighbours(run, labelled) if due else None
+        row["seconds"] = round(time.monotonic() - started, 2)
         progress.finish_epoch(row)
         experiment.write_rows(progress.rows)
         report(row, args.epochs, writer)
@@ -154,7 +152,7 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fre
     negatives: f(φ(I)) [B', 128] of a whole batch, and which row is the image itself [B, B'] bool. Returns the loss [B]
     and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
     """
-    from_bank = slice(1, 1 + len(negatives))
+    from_bank = slice(1, 1 + len(negatives))  # columns of the logits; column 0 is the positive
     if fresh is not None:
         negatives = torch.cat([negatives, F.normalize(fresh[0].float(), dim=1)])
         hidden = torch.cat([hidden, fresh[1]], 1)
@@ -174,11 +172,11 @@ class Pretraining:
         """images uint8 [N, 3, S, S] on the device: `train_count` to train on, then those of validation."""
         self.args, self.device, self.images, self.train_count = args, device, images, train_count
         self.negatives = args.count_negatives or min(DEFAULT_NEGATIVES, train_count - 1)
-        self.epoch_steps, self.ranks = math.ceil(train_count / args.batch_size), rh.world_size()
+        self.epoch_steps = math.ceil(train_count / args.batch_size)
         torch.manual_seed(rh.derived_seed(args.seed, rh.INITIAL_WEIGHTS))
         model = models.PIRL(args.model_type, args.non_linear_head, args.stem, args.zero_init)
         self.model = self.network = model.to(device, memory_format=torch.channels_last)
-        if self.ranks > 1:  # each rank normalises its own share of a batch
+        if rh.RANKS > 1:  # each rank normalises its own share of a batch
             self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.views = views
         if args.compile:
@@ -209,7 +207,7 @@ class Pretraining:
         self.model.train()
         image_vectors, losses, hits = self.losses(index, draws, epoch, step)
         self.optimizer.zero_grad()
-        (losses.sum() * self.ranks / len(index)).backward()  # the ranks' gradients are averaged
+        (losses.sum() * rh.RANKS / len(index)).backward()  # the ranks' gradients are averaged
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.optimizer.step()
         self.bank.update(index, image_vectors)
@@ -220,8 +218,8 @@ class Pretraining:
 
         Of several ranks each does its share: its losses and hits are [B / ranks], the vectors are those of all.
         """
-        args, shares = self.args, index.tensor_split(self.ranks)
-        share = shares[rh.rank()]
+        args, shares = self.args, index.tensor_split(rh.RANKS)
+        share = shares[rh.RANK]
         mine = share if len(share) else index[:1]  # all ranks take part in the step; this one's part will not count
         images, draws = self.images.index_select(0, mine), draws.index_select(0, mine)
         # Compiled code serves the steps of full size; the few others would each need a compilation of their own.
@@ -232,8 +230,8 @@ class Pretraining:
             with rh.autocast(self.device, args.precision):
                 image_vectors, patch_vectors = network(view, patches)
         all_vectors = image_vectors.float()
-        if self.ranks > 1:  # those of all ranks, in the batch's order; gradients flow back to each
-            first = sum(map(len, shares[: rh.rank()]))
+        if rh.RANKS > 1:  # those of all ranks, in the batch's order; gradients flow back to each
+            first = sum(map(len, shares[: rh.RANK]))
             others = (0, 0, first, len(index) - first - len(share))
             all_vectors = all_reduce(F.pad(all_vectors[: len(share)], others))
         draw = rh.generator(self.device, args.seed, rh.NEGATIVES, *step_key)  # the same negatives on all ranks
@@ -248,7 +246,7 @@ class Pretraining:
     def sums(self, losses, hits):
         """[sum of the losses, number of hits] of a batch, over all ranks, on the device."""
         sums = torch.stack([losses.detach().sum(), hits.sum()])
-        if self.ranks > 1:
+        if rh.RANKS > 1:
             distributed.all_reduce(sums)
         return sums
 
@@ -274,7 +272,7 @@ def learning_rate(args, epoch, step, steps):
 @torch.no_grad()
 def validate(run, draws, epoch):
     """(loss, share of hits) of the validation images, None without any; running statistics for whole images."""
-    if run.ranks > 1:
+    if rh.RANKS > 1:
         for buffer in run.model.buffers():  # each rank has those of its own shares
             distributed.broadcast(buffer, 0)
     index = torch.arange(run.train_count, len(run.images), device=run.device)
@@ -311,7 +309,7 @@ def settle(args, device, checkpoint):
 
 def check(args, train_count):
     """Refuse numbers that do not go with the number of images or of ranks."""
-    size, negatives, ranks = args.batch_size, args.count_negatives or 0, rh.world_size()
+    size, negatives, ranks = args.batch_size, args.count_negatives or 0, rh.RANKS
     if train_count < 3:
         raise rh.UserError(f"{train_count} training images are too few: add images")
     if ranks > 1 and (size % ranks or size < 2 * ranks):
@@ -325,7 +323,7 @@ def check(args, train_count):
 def warm_start(run, progress, experiment):
     """Start from a file of weights, at --cont-epoch. Under the run's own name its record is continued."""
     args = run.args
-    path, weights = models.read_weights(args.pirl_model_name or experiment.model, args.weights_dir)
+    path, weights = models.read_weights(args.pirl_model_name or experiment.model_file, args.weights_dir)
     parts = {name: getattr(run.model, name) for name in ("trunk", "head_f", "head_g") if name in weights}
     models.load_weights(parts, weights, path)
     progress.epoch = args.cont_epoch
@@ -347,14 +345,14 @@ def load_monitor(args, device):
 
 def announce(run, progress):
     """Say what is about to be done."""
-    args, device, ranks = run.args, run.device.type, f", {run.ranks} ranks" if run.ranks > 1 else ""
+    args, device, ranks = run.args, run.device.type, f", {rh.RANKS} ranks" if rh.RANKS > 1 else ""
     side, spare = args.image_size, len(run.images) - run.train_count
     all_others = " (all other training images)" if run.negatives == run.train_count - 1 else ""
     epochs = f"epochs {progress.epoch} to {args.epochs}" if progress.epoch <= args.epochs else "all epochs are done"
     print(f"{args.experiment_name}: PIRL, {args.model_type}, {device}, {args.precision}, seed {args.seed}{ranks}")
     print(f"  {run.train_count} training images of {side} × {side} pixels, {spare} for validation")
     print(f"  {run.epoch_steps} steps of {args.batch_size} per epoch, {epochs}")
-    print(f"  {run.negatives} negatives{all_others}, loss {args.loss}, positives of the {args.positive}", flush=True)
+    print(f"  {run.negatives} negatives{all_others}, loss {args.loss}, --positive {args.positive}", flush=True)
 
 
 def report(row, epochs, writer):
@@ -380,11 +378,11 @@ def tensorboard_writer(experiment, epoch):
 
 def export(run, progress, experiment):
     """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
-    if rh.rank() == 0:
+    if rh.RANK == 0:
         parts = {"trunk": run.plain_trunk(), "head_f": run.model.head_f, "head_g": run.model.head_g}
         more = {"images": run.train_count, "pixel_mean": dh.MEAN, "pixel_std": dh.STD}
         experiment.export(parts, progress.rows, run.device, **more)
-        print(f"wrote {experiment.model}, {experiment.checkpoint} and {experiment.observations}")
+        print(f"wrote {experiment.model_file}, {experiment.checkpoint_file} and {experiment.observations}")
 
 
 if __name__ == "__main__":

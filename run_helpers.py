@@ -16,8 +16,8 @@ import zipfile
 from datetime import timedelta
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit("error: this is Python " + platform.python_version() + ": use Python 3.11, 3.12 or 3.13")
+if sys.version_info < (3, 11, 4):
+    sys.exit("error: this is Python " + platform.python_version() + ": use Python 3.11.4 or newer, up to 3.13")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave their cores to other programs; read by torch
 
 import filelock
@@ -50,24 +50,23 @@ def run_script(main):
         reason = first_line(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
             end(f"the memory is full ({reason}): choose a smaller --batch-size, --image-size or --model-type")
-        if world_size() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+        if RANKS > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             end(f"another rank of this job has ended ({reason}): look for its error, and go on with --resume True")
         raise
 
 
 def end(line, status=1):
     """End the process with one line on standard error; of several ranks, the first to come here prints its line."""
-    first, several = rank() == 0, world_size() > 1
-    if several:  # the launcher ends the ranks that are left, which must not cut the line off
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with contextlib.suppress(KeyError, RuntimeError):
-        if several:  # the launcher's store counts the ranks that have ended
+    first = RANK == 0
+    if RANKS > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the other ranks: it must not cut the line off
+        with contextlib.suppress(KeyError, RuntimeError):  # the launcher's store counts the ranks that have ended
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
             first = store.add(f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     if first:
         print("error:", " ".join(line.splitlines()), file=sys.stderr, flush=True)
-    if several:
+    if RANKS > 1:
         os._exit(status)  # the interpreter's own end would wait for ranks that are gone
     sys.exit(status)
 
@@ -77,19 +76,14 @@ def first_line(error):
 
 
 # ---- Ranks: the processes of one job, started by torchrun ------------------------------------------------------------
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_ranks(device):
     """Meet the other ranks. NCCL carries tensors on GPUs, gloo those on CPUs. Only rank 0 prints from now on."""
-    if rank():
+    if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if world_size() > 1:
+    if RANKS > 1:
         cuda = device.type == "cuda"
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
 
@@ -103,8 +97,8 @@ def leave_ranks():
 
 def same_on_all_ranks(*numbers):
     """Refuse to begin if the ranks, on several nodes perhaps, have read other images or another checkpoint."""
-    of_all = [numbers] * world_size()
-    if world_size() > 1:
+    of_all = [numbers] * RANKS
+    if RANKS > 1:
         distributed.all_gather_object(of_all, numbers)
     if len(set(of_all)) > 1:
         raise UserError("the ranks have read different files: give a --data-dir and --weights-dir that all of them see")
@@ -119,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=style, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"error: {' '.join(message.splitlines())}: see {self.prog} --help\n" if rank() == 0 else None)
+        self.exit(2, f"error: {' '.join(message.splitlines())}: see {self.prog} --help\n" if RANK == 0 else None)
 
 
 def switch(default):
@@ -291,16 +285,20 @@ def cpu_state(module):
     return {name: value.cpu().clone() for name, value in module.state_dict().items()}
 
 
+# What a resumed run of either script may change.
+MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "checkpoint_minutes", "precision"}
+
+
 class Experiment:
     """The files of one experiment, held by one job at a time. Of several ranks, rank 0 alone writes."""
 
     def __init__(self, args, kind):
         """kind: what the checkpoints call themselves."""
         self.args, self.kind, self.name, self.locks = args, kind, args.experiment_name, []
-        self.model = args.weights_dir / f"{self.name}.pt"  # the finished one
-        self.checkpoint = args.weights_dir / f"{self.name}.ckpt"  # what --resume needs
+        self.model_file = args.weights_dir / f"{self.name}.pt"  # the finished one
+        self.checkpoint_file = args.weights_dir / f"{self.name}.ckpt"  # what --resume needs
         self.observations = args.observations_dir / f"{self.name}_observations.csv"  # a row per epoch
-        for folder in {*map(os.path.realpath, (args.weights_dir, args.observations_dir))} if rank() == 0 else ():
+        for folder in {*map(os.path.realpath, (args.weights_dir, args.observations_dir))} if RANK == 0 else ():
             os.makedirs(folder, exist_ok=True)
             self.locks.append(filelock.FileLock(f"{folder}/.{self.name}.run.lock", timeout=0))
             try:
@@ -315,16 +313,16 @@ class Experiment:
         unless the user gives them. own_name: a new run may replace the files of this name.
         """
         other = "choose another --experiment-name"
-        if not (self.args.resume and self.checkpoint.exists()):
-            files = [file for file in (self.checkpoint, self.model, self.observations) if file.exists()]
-            if files and rank() == 0 and not own_name:
-                way = f"{self.checkpoint} is gone" if self.args.resume else "go on with it by --resume True"
+        if not (self.args.resume and self.checkpoint_file.exists()):
+            files = [file for file in (self.checkpoint_file, self.model_file, self.observations) if file.exists()]
+            if files and RANK == 0 and not own_name:
+                way = f"{self.checkpoint_file} is gone" if self.args.resume else "go on with it by --resume True"
                 raise UserError(f"the name {self.name} is taken ({files[0]}): {way}, or {other}")
             if self.args.resume:
-                print(f"there is no {self.checkpoint} yet: starting from the beginning")
+                print(f"there is no {self.checkpoint_file} yet: starting from the beginning")
             return None
-        state = read_torch_file(self.checkpoint)
-        with fitting(self.checkpoint, other):
+        state = read_torch_file(self.checkpoint_file)
+        with fitting(self.checkpoint_file, other):
             if state["kind"] != self.kind:
                 raise ValueError(f"it is a {state['kind']}, not a {self.kind}")
             then, free = dict(state["settings"]), may_differ(state)
@@ -334,32 +332,32 @@ class Experiment:
         now = settings_of(self.args)
         changed = {n: f"--{n.replace('_', '-')} was {then.get(n)}, is {now[n]}" for n in now if then.get(n) != now[n]}
         if differ := "; ".join(text for name, text in changed.items() if name not in free):
-            raise UserError(f"{self.checkpoint} was made with other settings ({differ}): use the same, or {other}")
-        print(f"going on from {self.checkpoint}", *(f"note: {changed[n]}" for n in kept if n in changed), sep="\n")
+            raise UserError(f"{self.checkpoint_file} was made with other settings ({differ}): use the same, or {other}")
+        print(f"going on from {self.checkpoint_file}", *(f"note: {changed[n]}" for n in kept if n in changed), sep="\n")
         return state
 
     def load(self, state, checksum, run, progress):
         """Put a checkpoint's content where it belongs, if it is of images with this checksum."""
-        with fitting(self.checkpoint, "use another copy"):
-            if state["images"] != checksum:
-                raise UserError(f"{self.checkpoint} is of other images: give the --data-dir that it was made with")
+        with fitting(self.checkpoint_file, "use another copy"):
+            if state["checksum"] != checksum:
+                raise UserError(f"{self.checkpoint_file} is of other images: give the --data-dir that it was made with")
             run.load_state_dict(state["run"])
             progress.load_state_dict(state["progress"])
 
     def save(self, checksum, run, progress, **more):
-        if rank() == 0:
-            state = {"kind": self.kind, "settings": settings_of(self.args), "images": checksum, **more}
-            save_whole({**state, "run": run.state_dict(), "progress": progress.state_dict()}, self.checkpoint)
+        if RANK == 0:
+            state = {"kind": self.kind, "settings": settings_of(self.args), "checksum": checksum, **more}
+            save_whole({**state, "run": run.state_dict(), "progress": progress.state_dict()}, self.checkpoint_file)
 
     def export(self, parts, rows, device, **more):
         """Write the finished model: the state dicts of its parts, and how they came about."""
         state = {name: cpu_state(part) for name, part in parts.items()} | {"settings": settings_of(self.args)}
         state |= {"kind": self.kind.replace("checkpoint", "weights"), "rows": rows, "machine": machine(device)}
-        save_whole(state | more, self.model)
+        save_whole(state | more, self.model_file)
 
     def write_rows(self, rows):
         """All epochs so far, a dict each, as the CSV."""
-        if rank() == 0 and rows:
+        if RANK == 0 and rows:
             with whole_file(self.observations, "w") as file:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
@@ -378,7 +376,7 @@ def progress_bar(total, what, unit, done=0, **options):
     """A tqdm bar on a terminal, elsewhere a plain line a minute. Of several ranks, rank 0 shows it."""
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": 60, "maxinterval": 60, "delay": 60, "ncols": 0}
-    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=rank() > 0, leave=False, **options)
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=RANK > 0, leave=False, **options)
 
 
 class Progress:
@@ -391,7 +389,7 @@ class Progress:
         self.epoch, self.step, self.seconds = 1, 0, 0.0  # step: how many of the epoch are done, in so many seconds
         self.sums = torch.zeros(math.ceil(images / args.batch_size), 2, device=device)  # of losses and hits, by step
         self.rows = []  # of the CSV
-        self.signal, self.saved, self.kept = 0, time.monotonic(), False
+        self.signal, self.saved, self.has_checkpoint = 0, time.monotonic(), False
 
     def state_dict(self):
         return {name: getattr(self, name) for name in ("epoch", "step", "seconds", "rows", "sums")}
@@ -399,7 +397,7 @@ class Progress:
     def load_state_dict(self, state):
         self.epoch, self.step, self.seconds, self.rows = (state[n] for n in ("epoch", "step", "seconds", "rows"))
         self.sums.copy_(state["sums"])
-        self.kept = True  # there is a checkpoint
+        self.has_checkpoint = True
 
     def steps(self, batches, save):
         """Yield what is left of an epoch's `batches` of indices, and after each step look at the clock and for signals.
@@ -417,12 +415,12 @@ class Progress:
                 bar.update(len(index))
                 now, at_end = time.monotonic(), self.step == len(batches)
                 self.seconds = now - begun
-                wait = min(minutes, 1) * self.kept if at_end else minutes  # the first checkpoint is due in any case
+                wait = min(minutes, 1) * self.has_checkpoint if at_end else minutes  # the first is always due
                 stop, due = self.agreed(now - self.saved >= 60 * wait, at_end)
                 if stop or due:
                     self.means()
                     save()
-                    self.saved, self.kept = time.monotonic(), True
+                    self.saved, self.has_checkpoint = time.monotonic(), True
                 if stop:
                     bar.close()
                     print(f"stopped in epoch {self.epoch} after step {self.step}: --resume True goes on from here")
@@ -431,7 +429,7 @@ class Progress:
                 if now - shown >= 1:  # reading numbers back waits for the device
                     shown = now
                     bar.set_postfix_str("loss {:.3f}, accuracy {:.1%}".format(*self.means()), refresh=False)
-            self.means()
+            self.means()  # waits for the device
             self.seconds = time.monotonic() - begun
         finally:
             bar.close()
@@ -444,11 +442,11 @@ class Progress:
 
     def agreed(self, due, at_end):
         """(number of a signal or 0, whether rank 0 wants a checkpoint): the same on all ranks."""
-        if world_size() == 1:
+        if RANKS == 1:
             return self.signal, due
         if self.device.type == "cuda" and self.step % 16 and not at_end:  # the hosts of GPUs need not run in step
             return 0, False
-        flags = torch.tensor([self.signal, due and rank() == 0], dtype=torch.int32)
+        flags = torch.tensor([self.signal, due and RANK == 0], dtype=torch.int32)
         distributed.all_reduce(flags, distributed.ReduceOp.MAX)
         return flags.tolist()
 

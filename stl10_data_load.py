@@ -40,7 +40,7 @@ def main():
     add("--raw-dir", type=Path, default=Path("raw_stl10"), help="the folder for the archive and the raw files")
     add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder in which the image folders are written")
     add("--url", default=STL10.url, help="the address of the archive")
-    add("--md5", help="the MD5 of the archive; None is the release's for the default --url, and no check for others")
+    add("--md5", help="the MD5 of the archive; None is the release's for a download from the default --url")
     args = parser.parse_args()
     raw = args.raw_dir if (args.raw_dir / "train_X.bin").exists() else args.raw_dir / STL10.base_folder
     if raw.exists():

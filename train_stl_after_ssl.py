@@ -31,10 +31,8 @@ ROWS = {  # of the table, by their names in our files
     "folds": "Only softmax layer is fine tuned, predefined folds",
 }
 SHOWN_NEIGHBOURS = 5
-COLUMNS = ["stage", "epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate", "images_per_second"]
 # What a resumed run may change, also before its full stage has begun; and what it keeps from its checkpoint.
-MAY_DIFFER = {"data_dir", "weights_dir", "observations_dir", "device", "resume", "full_fine_tune"}
-MAY_DIFFER |= {"checkpoint_minutes", "neighbours", "precision"}
+MAY_DIFFER = rh.MAY_DIFFER | {"full_fine_tune", "neighbours"}
 BEFORE_FULL = {"full_lr", "full_epochs"}
 KEPT = ("precision",)
 
@@ -66,7 +64,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    if rh.world_size() > 1:
+    if rh.RANKS > 1:
         raise rh.UserError("fine-tuning is small and runs on one process: start it without torchrun")
     device = rh.choose_device(args)
     path, weights = models.read_weights(args.pirl_model_name, args.weights_dir) if args.pirl_model_name else (None, {})
@@ -80,8 +78,8 @@ def main():
     if checkpoint:
         experiment.load(checkpoint, run.checksum, run, progress)
     if run.begun and "full" not in run.results and not args.full_fine_tune:
-        raise rh.UserError(f"{experiment.checkpoint} is from within the full stage: add --full-fine-tune True")
-    full_epochs = args.full_fine_tune and (args.full_epochs or args.epochs)  # False for none
+        raise rh.UserError(f"{experiment.checkpoint_file} is from within the full stage: add --full-fine-tune True")
+    full_epochs = (args.full_epochs or args.epochs) if args.full_fine_tune else 0
     tests = 0 if run.test_images is None else len(run.test_images)
     print(f"{args.experiment_name}: {args.model_type}, {run.trunk_name}")
     print(f"  {device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes in {args.data_dir}")
@@ -143,7 +141,7 @@ class FineTuning:
         if not weights or path.suffix == ".ckpt":  # a finished one comes with the statistics of whole images
             self.model.trunk = models.plain_statistics(self.model.trunk, self.images[self.train], args.batch_size)
         rates = {"lr": args.full_lr, "momentum": 0.9, "weight_decay": args.weight_decay}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), fused=True, **rates)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **rates, fused=True)
         self.schedule = ReduceLROnPlateau(self.optimizer, patience=args.patience_for_lr_decay)
         self.begun, self.best = False, {"val_acc": -1.0}  # of the full stage
         self.results, self.seconds = {}, {}  # by the names of ROWS; results are (validation, test accuracy)
@@ -301,9 +299,9 @@ def batch_sums(logits, labels, loss):
 
 def row_of(stage, epoch, train, validation, optimizer, images_per_second):
     """A row of the CSV; train and validation are (loss, accuracy)."""
-    measured = (train[0], validation[0], train[1], validation[1])
-    values = (stage, epoch, *measured, optimizer.param_groups[0]["lr"], images_per_second)
-    return dict(zip(COLUMNS, values, strict=True))
+    means = {"train_loss": train[0], "val_loss": validation[0], "train_acc": train[1], "val_acc": validation[1]}
+    speed = {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
+    return {"stage": stage, "epoch": epoch, **means, **speed}
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
@@ -318,7 +316,7 @@ def report(run, progress, experiment):
     confusion = experiment.observations.with_name(f"{experiment.name}_confusion.png")
     save_picture(confusion_picture(labels, run.predictions(run.features(images)), run.classes), confusion)
     table = f"{run.trunk_name}, images of {run.args.data_dir}:\n\n{HEADER}"
-    for name in (name for name in ROWS if name in run.results):
+    for name in filter(run.results.get, ROWS):
         if name == "folds":
             tests = [test for _, test in run.results[name] if test is not None]
             cells = ["none", spread(tests, unit="%") if tests else "none"]
@@ -327,7 +325,7 @@ def report(run, progress, experiment):
         table += f"{ROWS[name]} | {' | '.join(cells)}\n"
     results = run.args.observations_dir / "results.md"
     add_to_results(results, experiment.name, table)
-    print(f"\n{table}\nwrote {experiment.model}, {experiment.observations}, {confusion} and {results}")
+    print(f"\n{table}\nwrote {experiment.model_file}, {experiment.observations}, {confusion} and {results}")
     if run.args.neighbours:
         draw_neighbours(run, images, labels)
 

@@ -40,18 +40,15 @@ def main():
     args = parse_args()
     name = args.data_dir.resolve().name
     folder, table, picture = (args.results_dir / f"{name}{suffix}" for suffix in ("", ".md", ".svg"))
-    data = ["--data-dir", str(args.data_dir)]
-    first = [*data, "--epochs", str(args.epochs), *shlex.split(args.flags)]
-    then = [*data, "--epochs", str(args.labelled_epochs), "--full-fine-tune", "True", "--lr", "0.1"]
-    then += ["--patience-for-lr-decay", "4", *shlex.split(args.labelled_flags)]
+    first, then = (["--data-dir", str(args.data_dir), "--epochs", str(n)] for n in (args.epochs, args.labelled_epochs))
+    first += shlex.split(args.flags)
+    then += shlex.split(f"--full-fine-tune True --lr 0.1 --patience-for-lr-decay 4 {args.labelled_flags}")
     pretrained, tuned, random = [], [], []
     for number in range(args.seeds):
         trunk, seed = f"pirl_{number}", ["--seed", str(number)]
         pretrained.append(finished_run(pirl, folder, trunk, first + seed))
         tuned.append(finished_run(labelled, folder, f"from_{trunk}", [*then, *seed, "--pirl-model-name", trunk]))
         random.append(finished_run(labelled, folder, f"from_random_{number}", then + seed))
-    if len({run["images"] for run in pretrained}) > 1:
-        raise rh.UserError(f"the runs in {folder} are of different images: remove them")
     text = f"# {name}: {pretrained[0]['images']} unlabelled training images, {args.seeds} seeds\n\n"
     text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\n"
     text += "Commands, for `--seed` 0 and on:\n\n"
@@ -66,24 +63,13 @@ def main():
 
 
 def finished_run(module, folder, name, flags):
-    """The content of folder/weights/<name>.pt, after the run that makes it, or the rest of it, where it is missing.
-    flags are those of the run alone; a finished run of the same name with others is refused."""
-    weights = folder / "weights" / f"{name}.pt"
-    flags = [*flags, "--experiment-name", name, "--weights-dir", str(folder / "weights")]
-    flags += ["--observations-dir", str(folder / "observations_dir")]
-    if not weights.exists():
-        print(f"\n$ python {Path(module.__file__).name} {shlex.join(flags)}", flush=True)
-        if status := subprocess.run([sys.executable, module.__file__, *flags, "--resume", "True"]).returncode:
-            sys.exit(status)  # the script has said why
-    content = torch.load(weights, map_location="cpu", weights_only=True)
-    then, asked = content["settings"], rh.settings_of(module.parse_args(flags))
-    chosen = {"tmax_for_cos_decay": asked["epochs"], "cont_epoch": 1}  # what a run takes where no flag says it
-    chosen |= {key: then.get(key) for key in ("precision", "stem")}
-    asked |= {key: value for key, value in chosen.items() if key in asked and asked[key] in (None, "auto")}
-    fixed = asked.keys() - (module.MAY_DIFFER - {"epochs", "full_fine_tune", *module.KEPT})
-    if differ := sorted(key for key in fixed if asked[key] != then.get(key)):
-        raise rh.UserError(f"{weights} was made with another {', '.join(differ)}: remove {folder} to run all anew")
-    return content
+    """The content of folder/weights/<name>.pt, once the script has done what is left to do. It refuses other flags."""
+    command = [module.__file__, *flags, "--experiment-name", name, "--weights-dir", str(folder / "weights")]
+    command += ["--observations-dir", str(folder / "observations_dir"), "--resume", "True"]
+    print(f"\n$ python {Path(module.__file__).name} {shlex.join(command[1:])}", flush=True)
+    if status := subprocess.run([sys.executable, *command]).returncode:
+        sys.exit(status)  # the script has said why
+    return torch.load(folder / "weights" / f"{name}.pt", map_location="cpu", weights_only=True)
 
 
 def tables(pretrained, tuned, random):

@@ -13,7 +13,7 @@ import numpy as np
 
 from stl10_data_load import SPLITS, STL10_SIDE
 
-COUNTS = {"train": 2000, "test": 1000, "unlabelled": 2000}
+COUNTS = {"train": 1500, "test": 1000, "unlabelled": 2000}
 PATTERNS = {  # name: intensity about 0 … 1 from coordinates x, y in −1 … 1, already turned, scaled and shifted
     "stripes": lambda x, y: wave(x),
     "checks": lambda x, y: sharp(np.sin(9 * x) * np.sin(9 * y)),

@@ -106,7 +106,7 @@ def plain_step(run, inputs, loss):
 
 def bare_network(run):
     batch, side = run.args.batch_size, run.args.image_size
-    shapes = ((batch, side), (batch * models.PATCHES, jigsaw.patch_sizes(side)[1]))
+    shapes = ((batch, side), (batch * jigsaw.CELLS, jigsaw.patch_sizes(side)[1]))
     inputs = [torch.randn(count, side, side, 3, device=run.device).permute(0, 3, 1, 2) for count, side in shapes]
     return lambda: plain_step(run, inputs, lambda f, g: f.square().mean() + g.square().mean())
 

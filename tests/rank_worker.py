@@ -25,20 +25,20 @@ seen = {"steps": [], "buffers_equal": [], "features": 0}
 
 
 def same_on_all(tensor):
-    others = [torch.empty_like(tensor) for _ in range(rh.world_size())]
+    others = [torch.empty_like(tensor) for _ in range(rh.RANKS)]
     distributed.all_gather(others, tensor.contiguous())
     return all(torch.equal(tensor, other) for other in others)
 
 
 def watched_step(run, index, draws, epoch, number):
-    if what == "one-fails" and rh.rank() == 1 and number == 2:
+    if what == "one-fails" and rh.RANK == 1 and number == 2:
         raise rh.UserError("rank 1 has a problem of its own: solve it")
     if what == "slow":
         time.sleep(0.2)
     sums = step(run, index, draws, epoch, number)
     if what == "watch":
         tensors = [tensor.detach() for tensor in (*run.model.parameters(), run.bank.vectors)]
-        share = index.tensor_split(rh.world_size())[rh.rank()].tolist()
+        share = index.tensor_split(rh.RANKS)[rh.RANK].tolist()
         equal = [same_on_all(tensor) for tensor in tensors]  # all ranks take part in each comparison
         seen["steps"].append({"epoch": epoch, "images": share, "equal": all(equal)})
         seen["synchronised"] = any(isinstance(module, nn.SyncBatchNorm) for module in run.network.modules())
@@ -72,7 +72,7 @@ def freeze(patch):
 
 def other_images(*args):
     images, train_count, checksum = load_unlabelled(*args)
-    return images, train_count, checksum + rh.rank()
+    return images, train_count, checksum + rh.RANK
 
 
 if __name__ == "__main__":
@@ -89,4 +89,4 @@ if __name__ == "__main__":
     try:
         rh.run_script(pirl.main)
     finally:
-        (folder / f"{what}_{rh.rank()}.json").write_text(json.dumps(seen))
+        (folder / f"{what}_{rh.RANK}.json").write_text(json.dumps(seen))

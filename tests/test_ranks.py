@@ -190,7 +190,7 @@ def test_sigterm_to_all_processes_checkpoints(endless, tiny, tmp_path):
 def test_shares_of_less_than_two_images_are_refused(monkeypatch):
     """Their batch norm has no statistics. A last, smaller batch may give such shares: see above."""
     for ranks, size, accepted in ((2, 2, False), (2, 15, False), (2, 4, True), (4, 4, False), (4, 8, True)):
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(rh, "RANKS", ranks)
         args = pirl.parse_args(["--batch-size", str(size)])
         if accepted:
             pirl.check(args, 70)
@@ -223,7 +223,7 @@ def test_bad_arguments_give_one_line(tiny):
 
 @pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
 def test_the_parser_speaks_on_rank_0_alone(monkeypatch, capsys, rank, lines):
-    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(rh, "RANK", rank)
     with pytest.raises(SystemExit) as end:
         pirl.parse_args(["--batch-size", "0"])
     assert end.value.code == 2

@@ -1,4 +1,4 @@
-"""3 × 3 and 1 × 1 convolutions of maps of 1 × 1 and 2 × 2 pixels as matrix products: the function that torch computes."""
+"""Convolutions of maps of 1 × 1 and 2 × 2 pixels as matrix products: the function that torch computes."""
 
 import pytest
 import torch

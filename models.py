@@ -156,7 +156,7 @@ def model_type_of(trunk):
 
 def load_weights(modules, weights, path):
     """Give each of `modules`, a dict by the names in PARTS, its state dict; say which parts of the file are used."""
-    with rh.fitting(path, "give the --model-type and the other flags of the network that it was made with"):
+    with rh.fitting(path, "give the --model-type, --stem and, in pretraining, --non-linear-head that it was made with"):
         for name, module in modules.items():
             module.load_state_dict(weights[name])
     unused = [name for name in PARTS if name in weights and name not in modules]

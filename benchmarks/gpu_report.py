@@ -27,7 +27,6 @@ def parse_args():
     add("--image-size", type=between(int, 36, 224), default=96, help="side of the images in pixels")
     add("--images", type=between(int, 3), default=100_000, help="images of the epoch, random ones")
     add("--steps", type=between(int, 1), default=48, help="steps in a round")
-    add("--results-dir", type=Path, default=Path("results"), help="the folder for the report")
     parser.set_defaults(deterministic=False)
     return parser.parse_args()
 
@@ -36,7 +35,7 @@ def main():
     args = parse_args()
     device, lines = rh.choose_device(args), []
     card = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
-    path = args.results_dir / "gpu_{}.md".format(re.sub(r"\W+", "_", card))
+    path = Path("results") / "gpu_{}.md".format(re.sub(r"\W+", "_", card))
 
     def write(text, part=str, *arguments):
         """Add a text to the report, and what a part of it says or why that has failed. All of it is kept at once."""

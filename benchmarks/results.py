@@ -27,7 +27,6 @@ def parse_args():
     parser = rh.Parser(__doc__.split("\n")[0])
     add, count = parser.add_argument, rh.between(int, 1)
     add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder with the images")
-    add("--results-dir", type=Path, default=Path("results"), help="the folder for table, picture and the runs' files")
     add("--seeds", type=count, default=3, help="how many seeds, from 0")
     add("--epochs", type=count, default=100, help="epochs of pretraining")
     add("--labelled-epochs", type=count, default=100, help="epochs of each labelled stage")
@@ -39,7 +38,7 @@ def parse_args():
 def main():
     args = parse_args()
     name = args.data_dir.resolve().name
-    folder, table, picture = (args.results_dir / f"{name}{suffix}" for suffix in ("", ".md", ".svg"))
+    folder, table, picture = (Path("results") / f"{name}{suffix}" for suffix in ("", ".md", ".svg"))
     first, then = (["--data-dir", str(args.data_dir), "--epochs", str(n)] for n in (args.epochs, args.labelled_epochs))
     first += shlex.split(args.flags)
     then += shlex.split(f"--full-fine-tune True --lr 0.1 --patience-for-lr-decay 4 {args.labelled_flags}")
@@ -49,27 +48,36 @@ def main():
         pretrained.append(finished_run(pirl, folder, trunk, first + seed))
         tuned.append(finished_run(labelled, folder, f"from_{trunk}", [*then, *seed, "--pirl-model-name", trunk]))
         random.append(finished_run(labelled, folder, f"from_random_{number}", then + seed))
+    if len({run["images"] for run in pretrained}) > 1:
+        raise rh.UserError(f"the runs in {folder} are of different images: remove them")
     text = f"# {name}: {pretrained[0]['images']} unlabelled training images, {args.seeds} seeds\n\n"
-    text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\n"
-    text += "Commands, for `--seed` 0 and on:\n\n"
+    text += (
+        f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\nCommands, for `--seed` 0 and on:\n\n"
+    )
     for module, flags in ((pirl, first), (labelled, [*then, "--pirl-model-name", "…"]), (labelled, then)):
         text += f"    python {Path(module.__file__).name} {shlex.join(flags)}\n"
     text += "".join(f"\n{machine}\n" for machine in sorted({run["machine"] for run in pretrained + tuned + random}))
     curves = {c: [[(r["epoch"], r[c]) for r in run["rows"] if r[c] is not None] for run in pretrained] for c in CURVES}
-    for path, content in ((picture, curve_picture(curves)), (table, text)):
-        with rh.whole_file(path, "w") as file:
-            file.write(content)
+    picture.write_text(curve_picture(curves), "utf-8")
+    table.write_text(text, "utf-8")
     print(f"\n{text}\nwrote {table} and {picture}")
 
 
 def finished_run(module, folder, name, flags):
-    """The content of folder/weights/<name>.pt, once the script has done what is left to do. It refuses other flags."""
-    command = [module.__file__, *flags, "--experiment-name", name, "--weights-dir", str(folder / "weights")]
-    command += ["--observations-dir", str(folder / "observations_dir"), "--resume", "True"]
-    print(f"\n$ python {Path(module.__file__).name} {shlex.join(command[1:])}", flush=True)
-    if status := subprocess.run([sys.executable, *command]).returncode:
-        sys.exit(status)  # the script has said why
-    return torch.load(folder / "weights" / f"{name}.pt", map_location="cpu", weights_only=True)
+    """The content of folder/weights/<name>.pt, after the run that makes it, or the rest of it, where it is missing."""
+    weights, record = folder / "weights" / f"{name}.pt", folder / f"{name}.sh"
+    flags = [*flags, "--experiment-name", name, "--weights-dir", str(folder / "weights")]
+    flags += ["--observations-dir", str(folder / "observations_dir")]
+    command = f"python {Path(module.__file__).name} {shlex.join(flags)}\n"
+    if record.exists() and record.read_text("utf-8") != command:
+        raise rh.UserError(f"{record} is the command of {name}, not {command.strip()}: remove {folder} to run all anew")
+    with rh.whole_file(record, "w") as file:
+        file.write(command)
+    if not weights.exists():
+        print(f"\n$ {command}", flush=True)
+        if status := subprocess.run([sys.executable, module.__file__, *flags, "--resume", "True"]).returncode:
+            sys.exit(status)  # the script has said why
+    return torch.load(weights, map_location="cpu", weights_only=True)
 
 
 def tables(pretrained, tuned, random):

@@ -32,7 +32,6 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--rounds", type=rh.between(int, 1), default=5, help="rounds of each of the three")
     add("--steps", type=rh.between(int, 1), help="steps that count in a round; None is 6, on a GPU 48")
-    add("--workers", type=rh.between(int, 0), default=os.cpu_count(), help="processes of the conventional pipeline")
     add("--conventional", **rh.switch(True), help="whether to measure the conventional pipeline too")
     args, others = parser.parse_known_args(argv)
     args.training = pirl.parse_args(others)
@@ -52,8 +51,8 @@ def measure(args):
     contestants = {"bare network": lambda: bare_network(plain), "training step": lambda: training_step(run, batch)}
     steps, side = args.steps or (48 if cuda else 6), 8192 if cuda else 256
     if args.conventional:
-        steps += -steps % max(1, args.workers)  # workers' batches come in waves: whole ones are timed
-        contestants["conventional pipeline"] = lambda: conventional(plain, args.workers, steps)
+        steps += -steps % os.cpu_count()  # workers' batches come in waves: whole ones are timed
+        contestants["conventional pipeline"] = lambda: conventional(plain, os.cpu_count(), steps)
     for name in [*contestants] * args.rounds:
         seconds, peaks[name] = timed(contestants[name](), steps)
         speeds.setdefault(name, []).append(steps * batch / seconds)
@@ -135,8 +134,8 @@ class PerImageViews:
 def conventional(run, workers, steps):
     """Its workers live for a round: they neither disturb the others nor work ahead while those are measured."""
     data, batch, pin = PerImageViews(run.images.cpu()), run.args.batch_size, run.device.type == "cuda"
-    order, ahead = torch.randint(IMAGES, ((3 * workers + steps + 1) * batch,)).tolist(), 1 if workers else None
-    loader = DataLoader(data, batch, None, order, num_workers=workers, prefetch_factor=ahead, pin_memory=pin)
+    order = torch.randint(IMAGES, ((3 * workers + steps + 1) * batch,)).tolist()
+    loader = DataLoader(data, batch, None, order, num_workers=workers, prefetch_factor=1, pin_memory=pin)
     batches, draw = iter(loader), rh.generator(run.device, 0)
 
     def step():
@@ -154,14 +153,12 @@ def conventional(run, workers, steps):
 
 def main():
     args = parse_args()
-    result, run, cuda = measure(args), args.training, torch.cuda.is_initialized()
+    result, run = measure(args), args.training
     network = f"{run.model_type}, batch {run.batch_size}, {run.image_size} px, {run.precision}, compile {run.compile}"
-    print(network, rh.machine(torch.device("cuda" if cuda else "cpu")), sep="\n")
+    print(network, rh.machine(rh.choose_device(run)), sep="\n")
     print("\nwhat | images/s | lowest … highest | time, bare network = 1\n--- | --- | --- | ---")
     for what, values in result["speeds"].items():
         print(f"{what} | {median(values):.1f} | {min(values):.1f} … {max(values):.1f} | {result['ratios'][what]:.3f}")
-    if cuda:
-        print("\n{memory:.2f} GiB, {rate:.0f} TFLOP/s, {share:.1%} of a bf16 matrix product".format(**result))
 
 
 if __name__ == "__main__":

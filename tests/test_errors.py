@@ -373,6 +373,7 @@ def test_an_experiment_named_like_the_table(call, tiny):
     assert call("train_stl_after_ssl", *tiny, "--experiment-name", "results").status == 0
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_our_signs():
     command = [sys.executable, ROOT / "pirl_stl_train_test.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})

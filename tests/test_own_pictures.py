@@ -170,7 +170,7 @@ def test_without_test_images_only_validation_is_reported(call, flags, zoo):
         assert re.fullmatch(r".* \| [\d.]+% \| none", line)
 
 
-@pytest.mark.parametrize("side", [128, 224])
+@pytest.mark.parametrize("side", [128, pytest.param(224, marks=pytest.mark.slow)])
 def test_other_sizes(call, flags, zoo, tmp_path, side):
     flags = [*flags, "--image-size", side]
     assert call("pirl_stl_train_test", *flags, "--experiment-name", "p").status == 0
@@ -225,6 +225,7 @@ for sys.argv in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_every_script_runs_without_what_only_linux_has(flags, raw_dir, tmp_path):
     run = (*flags, "--data-dir", tmp_path / "data")
     commands = [

@@ -63,7 +63,8 @@ def difference(a, b):
     return max((a[p][k].double() - b[p][k].double()).abs().max() for p in parts for k in a[p] if "num_batches" not in k)
 
 
-@pytest.mark.parametrize(("ranks", "precision"), [(2, "bf16"), pytest.param(4, "fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "precision"), [(2, "bf16"), (4, "fp32")])
 def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path, ranks, precision):
     """70 images in batches of 16: the last batch has 6, which four ranks share unevenly."""
     flags = (*tiny, "--precision", precision, "--experiment-name", "exp")

@@ -51,9 +51,7 @@ def main():
     if len({run["images"] for run in pretrained}) > 1:
         raise rh.UserError(f"the runs in {folder} are of different images: remove them")
     text = f"# {name}: {pretrained[0]['images']} unlabelled training images, {args.seeds} seeds\n\n"
-    text += (
-        f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\nCommands, for `--seed` 0 and on:\n\n"
-    )
+    text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\nCommands, `--seed` 0 and on:\n\n"
     for module, flags in ((pirl, first), (labelled, [*then, "--pirl-model-name", "…"]), (labelled, then)):
         text += f"    python {Path(module.__file__).name} {shlex.join(flags)}\n"
     text += "".join(f"\n{machine}\n" for machine in sorted({run["machine"] for run in pretrained + tuned + random}))

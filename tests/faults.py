@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import run_helpers as rh
 import torch
 from conftest import start, write_raw
-from tqdm import tqdm
 
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
 TIMES = 3  # that one run gets a signal, before it is left to end
@@ -321,7 +320,7 @@ def main():
         expected += TIMES if plan[-1][2] in (SIGKILL, SIGTERM, SIGINT) else 1
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"{len(plan)} runs to be disturbed, seed {args.seed}, in {folder}")
-    with tqdm(total=expected, unit=" faults", disable=None) as bar:
+    with rh.progress_bar(expected, "faults", " faults") as bar:
         tally, problems = throw(plan, args.seed, folder, bar)
     print("fault | script | times tried | times survived | data lost\n--- | --- | --- | --- | ---")
     for (name, job), counts in sorted(tally.items()):

@@ -5,8 +5,8 @@ is a row of numbers, uniform in [0, 1): a function of (seed, epoch, image), what
 """
 
 import contextlib
+import glob
 import math
-import os
 import re
 import warnings
 import zlib
@@ -37,11 +37,9 @@ def image_files(folder):
     """All images of a folder, at any depth, in natural order. Hidden files are skipped; other files get a note."""
     if not folder.is_dir():
         raise rh.UserError(f"{folder} does not exist: give the folder of your images, or run stl10_data_load.py first")
-    paths = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
-    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    paths = [folder / name for name in glob.glob("**", root_dir=folder, recursive=True)]  # it skips hidden ones
     files = [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()]
-    others = sorted(path.name for path in set(paths).difference(files))
-    if others:
+    if others := sorted(path.name for path in set(paths).difference(files) if not path.is_dir()):
         more = ", …" if len(others) > 3 else ""
         print(f"note: {len(others)} files in {folder} are no images and are not used ({', '.join(others[:3])}{more})")
     if not files:
@@ -98,16 +96,17 @@ def unlabelled_folder(data_dir):
 
 
 def load_unlabelled(args, device):
-    """The unlabelled images that a run uses: those to train on, then at most 4,096 of the others.
+    """The unlabelled images that a run uses: a random 70 %, or all, to train on, then at most 4,096 of the others.
 
     Returns (images uint8 [N, 3, S, S] on `device`, the number of training images, checksum).
     """
     folder = unlabelled_folder(args.data_dir)
     files = image_files(folder)
-    train, validation = unlabelled_split(len(files), args.seed, args.only_train)
-    rows = torch.cat([train, validation[:VALIDATION_IMAGES]]).tolist()
-    images, checksum = load_images([files[row] for row in rows], args.image_size, device, folder.name)
-    return images, len(train), checksum
+    train_count = len(files) if args.only_train else round(0.7 * len(files))
+    order = torch.randperm(len(files), generator=rh.generator("cpu", args.seed, rh.SPLIT)).tolist()
+    files = [files[row] for row in order[: train_count + VALIDATION_IMAGES]]
+    images, checksum = load_images(files, args.image_size, device, folder.name)
+    return images, train_count, checksum
 
 
 def load_labelled(folder, side, device, classes=None):
@@ -141,23 +140,19 @@ def class_names(data_dir, classes):
 
 
 # ---- Splits and random numbers ---------------------------------------------------------------------------------------
-def unlabelled_split(count, seed, only_train):
-    """(train, validation) indices, int64: 70 % and 30 % at random, or all and none."""
-    order = torch.randperm(count, generator=rh.generator("cpu", seed, rh.SPLIT))
-    train_count = count if only_train else round(0.7 * count)
-    return order[:train_count], order[train_count:]
+def stratified_split(labels, seed, folder):
+    """(train, validation) indices, int64, of labels [N] int64: 84 % and 16 % of every class, 4,200 and 800 of 5,000.
 
-
-def stratified_split(labels, seed):
-    """(train, validation) indices, int64, of labels [N] int64: 84 % and 16 % of every class, 4,200 and 800 of 5,000."""
-    order = torch.randperm(len(labels), generator=rh.generator("cpu", seed, rh.SPLIT))
-    train, validation = [], []
+    folder is named where there are too few images to do so.
+    """
+    order = torch.randperm(len(labels), generator=rh.generator("cpu", seed, rh.SPLIT)).to(labels.device)
+    validates = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique():
         members = order[labels[order] == label]
-        cut = len(members) - round(0.16 * len(members))
-        train.append(members[:cut])
-        validation.append(members[cut:])
-    return torch.cat(train).sort().values, torch.cat(validation).sort().values
+        validates[members[len(members) - round(0.16 * len(members)) :]] = True
+    if not validates.any():
+        raise rh.UserError(f"{folder} has too few images per class to set 16 % apart for validation: add some")
+    return (~validates).nonzero().flatten(), validates.nonzero().flatten()
 
 
 def uniform_draws(count, columns, *key, device):
@@ -166,7 +161,6 @@ def uniform_draws(count, columns, *key, device):
 
 
 # ---- Augmentation: images are float32 [B, 3, S, S] in 0 … 255 until they are coloured and normalised -----------------
-
 CROP_DRAWS, COLOUR_DRAWS = 4, 6
 IMAGE_VIEW_DRAWS = CROP_DRAWS + 1 + COLOUR_DRAWS
 LABELLED_VIEW_DRAWS = CROP_DRAWS + 3
@@ -191,7 +185,7 @@ def image_view(images, draws, least_area=CROP_AREA[0], strength=COLOUR_STRENGTH)
     """
     crop, flip, colour = draws.split([CROP_DRAWS, 1, COLOUR_DRAWS], 1)
     y, x = whole_crop(crop, flip, images.shape[-1], (least_area, CROP_AREA[1]))
-    return recolour(sample(images, y[:, None, :, None], x[:, None, None, :]), *jitter(colour, strength))
+    return recolour(sample(images, y, x), *jitter(colour, strength))
 
 
 def labelled_view(images, draws):
@@ -200,13 +194,11 @@ def labelled_view(images, draws):
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 7] -> [B, 3, S, S] float32, normalised, channels-last.
     """
     crop, flip, angle, light = draws.split([CROP_DRAWS, 1, 1, 1], 1)
-    y, x = whole_crop(crop, flip, images.shape[-1], (0.6, 1.0))
-    middle, angle = (images.shape[-1] - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None]
-    y, x = y[:, :, None] - middle, x[:, None, :] - middle
+    middle, angle = (images.shape[-1] - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None, None]
+    y, x = (edge - middle for edge in whole_crop(crop, flip, images.shape[-1], (0.6, 1.0)))
     y, x = y * angle.cos() + x * angle.sin(), x * angle.cos() - y * angle.sin()
     one = torch.ones_like(light[:, 0])
-    view = sample(images, (y + middle)[:, None], (x + middle)[:, None])
-    return recolour(view, 0.6 + 0.8 * light[:, 0], one, one, 0 * one)
+    return recolour(sample(images, y + middle, x + middle), 0.6 + 0.8 * light[:, 0], one, one, 0 * one)
 
 
 def crop_box(draws, side, area):
@@ -233,11 +225,10 @@ def crop_coordinates(corner, size, pixels, side):
 
 
 def whole_crop(draws, flip, side, area):
-    """(y, x), each [B, S]: where the rows and the columns of a random crop lie; for half of `flip` [B, 1] mirrored."""
-    corner, size = crop_box(draws, side, area)
-    pixels = torch.arange(side, device=draws.device)
-    y, x = crop_coordinates(corner[..., None], size[..., None], pixels, side).unbind(1)
-    return y, torch.where(flip < 0.5, x, x.flip(1))
+    """(y [B, 1, S, 1], x [B, 1, 1, S]): rows and columns of a random crop; for half of `flip` [B, 1] mirrored."""
+    corner, size = (edge[..., None] for edge in crop_box(draws, side, area))
+    y, x = crop_coordinates(corner, size, torch.arange(side, device=draws.device), side).unbind(1)
+    return y[:, None, :, None], torch.where(flip < 0.5, x, x.flip(1))[:, None, None, :]
 
 
 def sample(images, y, x):
@@ -264,9 +255,8 @@ def jitter(draws, strength=COLOUR_STRENGTH):
 def recolour(images, brightness, contrast, saturation, hue):
     """Colour jitter, grayscale and normalisation as one affine map of RGB per image.
 
-    Scaling by the brightness, blending with the mean gray (contrast) and with each pixel's gray (saturation), as in
-    torchvision, and turning the colour plane of YIQ by the hue angle are linear and commute, so their order is of no
-    account. Clipped once, at the end.
+    Scaling (brightness), blending with the mean gray (contrast) and each pixel's gray (saturation), as in torchvision,
+    and turning the colour plane of YIQ (hue) are linear and commute: any order will do. Clipped once, at the end.
 
     images [N, 3, H, W] in 0 … 255, parameters [N] -> [N, 3, H, W] normalised, channels-last.
     """

@@ -4,7 +4,6 @@ python extract_features.py --model exp --images my_pictures --out features.npz  
 """
 
 import csv
-import io
 from pathlib import Path
 
 import run_helpers as rh
@@ -43,8 +42,7 @@ def main():
     model_type = settings.get("model_type") or models.model_type_of(weights["trunk"])
     trunk, dimension = models.make_trunk(model_type, settings.get("stem") or "imagenet")
     network = models.classifier(trunk, dimension, len(weights.get("classes", ["one"])))
-    parts = {name: getattr(network, name) for name in ("trunk", "softmax_layer") if name in weights}
-    models.load_weights(parts, weights, path)
+    models.load_weights(dict(network.named_children()), weights, path)
     network.to(device, memory_format=torch.channels_last)
     files = dh.image_files(args.images)
     images, _ = dh.load_images(files, args.image_size or settings.get("image_size", 96), device, str(args.images))
@@ -56,17 +54,14 @@ def main():
             probabilities = network.softmax_layer(features).softmax(1).cpu().numpy()
         result |= {"classes": np.array(weights["classes"]), "probabilities": probabilities}
     if args.out.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez(buffer, **result)
         with rh.whole_file(args.out) as file:
-            file.write(buffer.getbuffer())
+            np.savez(file, **result)
     else:
         with rh.whole_file(args.out, "w") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["name", "class", "probability"])
-            best = probabilities.argmax(1)
-            predicted = result["classes"][best], probabilities.max(1)
-            writer.writerows(zip(names, *predicted, strict=True))
+            predicted = result["classes"][probabilities.argmax(1)]
+            writer.writerows(zip(names, predicted, probabilities.max(1), strict=True))
     print(f"wrote {args.out}: {len(files)} images, {dimension} features each")
 
 

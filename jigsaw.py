@@ -7,6 +7,7 @@ from pathlib import Path
 
 import run_helpers as rh
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -57,18 +58,16 @@ def jigsaw_view(images, draws, strength=dh.COLOUR_STRENGTH):
 # ---- The picture -----------------------------------------------------------------------------------------------------
 def picture(images, draws):
     """A row per image: the image, its crop with the grid, the nine patches as presented. RGB in 0 … 1, [3, H, W]."""
-    side, zoom = images.shape[-1], 2
+    side = images.shape[-1]
     y, x = dh.whole_crop(draws[:, : dh.CROP_DRAWS], torch.zeros(len(draws), 1), side, PRETEXT_CROP_AREA)
-    crops = dh.sample(images, y[:, None, :, None], x[:, None, None, :]) / 255
+    crops = dh.sample(images, y, x) / 255
     cell, patch = patch_sizes(side)
     for line in (cell, 2 * cell):
         crops[:, :, line - 1 : line + 1] = crops[:, :, :, line - 1 : line + 1] = 1
     patches = dh.pixels_of(jigsaw_view(images, draws)).view(-1, CELLS, 3, patch, patch)
     mosaics = torch.stack([make_grid(nine, GRID, padding=cell - patch + 1, pad_value=1) for nine in patches])
-    mosaics = torch.nn.functional.interpolate(mosaics, (side, side), mode="nearest-exact")
-    cells = torch.stack([images / 255, crops, mosaics], 1).flatten(0, 1)
-    cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    return make_grid(cells, 6 if len(images) > 1 else 3, padding=8, pad_value=1)
+    cells = torch.stack([images / 255, crops, interpolate(mosaics, side, mode="nearest-exact")], 1).flatten(0, 1)
+    return make_grid(interpolate(cells, scale_factor=2), 6 if len(images) > 1 else 3, padding=8, pad_value=1)
 
 
 def main():

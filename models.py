@@ -155,12 +155,13 @@ def model_type_of(trunk):
 
 
 def load_weights(modules, weights, path):
-    """Give each of `modules`, a dict by the names in PARTS, its state dict; say which parts of the file are used."""
+    """Give `modules`, a dict by the names in PARTS, their state dicts, where there are any; say which are used."""
+    used = [name for name in modules if name in weights]
     with rh.fitting(path, "give the --model-type, --stem and, in pretraining, --non-linear-head that it was made with"):
-        for name, module in modules.items():
-            module.load_state_dict(weights[name])
-    unused = [name for name in PARTS if name in weights and name not in modules]
-    print(f"using {', '.join(modules)} of {path}{', not ' if unused else ''}{', '.join(unused)}")
+        for name in used:
+            modules[name].load_state_dict(weights[name])
+    unused = [name for name in PARTS if name in weights and name not in used]
+    print(f"using {', '.join(used)} of {path}{', not ' if unused else ''}{', '.join(unused)}")
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------
@@ -185,8 +186,8 @@ def trunk_features(trunk, images, batch_size, flip=False):
 
 
 def nearest(features, queries, count):
-    """The `count` most similar rows of features [N, d] to each of queries [Q, d]: (cosines, rows), each [Q, count]."""
-    features = F.normalize(features, dim=1)
+    """The k = min(count, N) most similar rows of features [N, d] to queries [Q, d]: (cosines, rows), each [Q, k]."""
+    features, count = F.normalize(features, dim=1), min(count, len(features))
     blocks = [(F.normalize(block, dim=1) @ features.T).topk(count) for block in queries.split(1024)]
     return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
 
@@ -197,7 +198,7 @@ def neighbour_accuracy(features, labels, queries, query_labels):
     features [N, d] and labels [N] are searched, queries [Q, d] and query_labels [Q] are what is classified. (Wu et al.,
     arXiv:1805.01978, section 3.4.)
     """
-    cosines, rows = nearest(features, queries, min(NEIGHBOURS, len(features)))
+    cosines, rows = nearest(features, queries, NEIGHBOURS)
     votes = torch.zeros(len(queries), int(labels.max()) + 1, device=queries.device)
     votes.scatter_add_(1, labels[rows], (cosines / NEIGHBOUR_TEMPERATURE).exp())
     return (votes.argmax(1) == query_labels).float().mean().item()

@@ -77,13 +77,12 @@ def main():
     device = rh.choose_device(args)
     rh.join_ranks(device)
     experiment = rh.Experiment(args, "PIRL checkpoint")
-    own_name = args.warm_start and not args.pirl_model_name
-    checkpoint = experiment.start(lambda checkpoint: MAY_DIFFER, KEPT, own_name)
+    checkpoint = experiment.start(lambda c: MAY_DIFFER, KEPT, own_name=args.warm_start and not args.pirl_model_name)
     settle(args, device, checkpoint)
     images, train_count, checksum = dh.load_unlabelled(args, device)
     check(args, train_count)
     run = Pretraining(args, device, images, train_count)
-    progress = rh.Progress(args, device, run.model, train_count, "epoch", ADVICE)
+    progress = rh.Progress(experiment, run, train_count, "epoch", ADVICE)
     save = functools.partial(experiment.save, checksum, run, progress)
     if checkpoint:
         experiment.load(checkpoint, checksum, run, progress)
@@ -100,15 +99,11 @@ def main():
         draws = run.view_draws(epoch)
         for index in progress.steps(order.split(args.batch_size), save):
             progress.sums[progress.step] = run.step(index, draws, epoch, progress.step)
-        train, val = progress.means(), validate(run, draws, epoch)  # (loss, accuracy)
-        row = {"epoch": epoch, "train_loss": train[0], "val_loss": val[0], "train_acc": train[1], "val_acc": val[1]}
-        row["learning_rate"] = run.optimizer.param_groups[0]["lr"]
-        row["images_per_second"] = round(train_count / progress.seconds, 1)
+        row = progress.row(validate(run, draws, epoch), run.optimizer)
         due = labelled and (epoch % args.knn_every == 0 or epoch == args.epochs)
         row["knn_acc"] = neighbours(run, labelled) if due else None
         row["seconds"] = round(time.monotonic() - started, 2)
         progress.finish_epoch(row)
-        experiment.write_rows(progress.rows)
         report(row, args.epochs, writer)
     save()
     export(run, progress, experiment)
@@ -202,8 +197,7 @@ class Pretraining:
 
     def step(self, index, draws, epoch, step):
         """One step of SGD on the images `index` [B], then the bank's update. Returns [sum of losses, hits]."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.args, epoch, step, self.epoch_steps)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.args, epoch, step, self.epoch_steps)
         self.model.train()
         image_vectors, losses, hits = self.losses(index, draws, epoch, step)
         self.optimizer.zero_grad()
@@ -237,8 +231,7 @@ class Pretraining:
         draw = rh.generator(self.device, args.seed, rh.NEGATIVES, *step_key)  # the same negatives on all ranks
         negatives, hidden = self.bank.draw_negatives(mine, self.negatives, draw)
         fresh = (all_vectors, mine[:, None] == index) if args.batch_negatives else None
-        memory = self.bank.vectors[mine]
-        losses, hits = pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fresh)
+        losses, hits = pirl_loss(image_vectors, patch_vectors, self.bank.vectors[mine], negatives, hidden, args, fresh)
         if len(share) == 0:
             losses, hits = losses * 0, hits * 0
         return all_vectors.detach(), losses, hits
@@ -324,8 +317,7 @@ def warm_start(run, progress, experiment):
     """Start from a file of weights, at --cont-epoch. Under the run's own name its record is continued."""
     args = run.args
     path, weights = models.read_weights(args.pirl_model_name or experiment.model_file, args.weights_dir)
-    parts = {name: getattr(run.model, name) for name in ("trunk", "head_f", "head_g") if name in weights}
-    models.load_weights(parts, weights, path)
+    models.load_weights(dict(run.model.named_children()), weights, path)
     progress.epoch = args.cont_epoch
     if not args.pirl_model_name:
         progress.rows = [row for row in weights.get("rows", []) if row["epoch"] < progress.epoch]
@@ -333,12 +325,10 @@ def warm_start(run, progress, experiment):
 
 def load_monitor(args, device):
     """(images, labels, search, query) of the labelled training images; None, and a note, if they cannot be used."""
+    folder = args.data_dir / "train"
     try:
-        images, labels, *_ = dh.load_labelled(args.data_dir / "train", args.image_size, device)
-        search, query = dh.stratified_split(labels.cpu(), args.seed)
-        if len(query) == 0:
-            raise rh.UserError(f"{args.data_dir / 'train'} has too few images per class: add some")
-        return images, labels, search.to(device), query.to(device)
+        images, labels, *_ = dh.load_labelled(folder, args.image_size, device)
+        return images, labels, *dh.stratified_split(labels, args.seed, folder)
     except rh.UserError as error:
         print(f"note: no nearest-neighbour accuracy will be measured: {error}")
 
@@ -380,8 +370,7 @@ def export(run, progress, experiment):
     """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
     if rh.RANK == 0:
         parts = {"trunk": run.plain_trunk(), "head_f": run.model.head_f, "head_g": run.model.head_g}
-        more = {"images": run.train_count, "pixel_mean": dh.MEAN, "pixel_std": dh.STD}
-        experiment.export(parts, progress.rows, run.device, **more)
+        experiment.export(parts, progress, images=run.train_count, pixel_mean=dh.MEAN, pixel_std=dh.STD)
         print(f"wrote {experiment.model_file}, {experiment.checkpoint_file} and {experiment.observations}")
 
 

@@ -108,9 +108,8 @@ def same_on_all_ranks(*numbers):
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one line for a usage error."""
 
-    def __init__(self, description):
-        style = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=style, allow_abbrev=False)
+    def __init__(self, about):
+        super().__init__(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.splitlines())}: see {self.prog} --help\n" if RANK == 0 else None)
@@ -135,13 +134,6 @@ def between(kind, low, high=10**9):
         return value
 
     return number
-
-
-def file_to_write(text):
-    path = Path(text)
-    if path.name in ("", "..") or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} names no file")
-    return path
 
 
 def experiment_name(text):
@@ -230,7 +222,6 @@ def generator(device, *key):
 @contextlib.contextmanager
 def whole_file(path, mode="wb"):
     """Open a file that appears under `path` whole or not at all: written beside it, synced, renamed."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -349,11 +340,11 @@ class Experiment:
             state = {"kind": self.kind, "settings": settings_of(self.args), "checksum": checksum, **more}
             save_whole({**state, "run": run.state_dict(), "progress": progress.state_dict()}, self.checkpoint_file)
 
-    def export(self, parts, rows, device, **more):
+    def export(self, parts, progress, **more):
         """Write the finished model: the state dicts of its parts, and how they came about."""
         state = {name: cpu_state(part) for name, part in parts.items()} | {"settings": settings_of(self.args)}
-        state |= {"kind": self.kind.replace("checkpoint", "weights"), "rows": rows, "machine": machine(device)}
-        save_whole(state | more, self.model_file)
+        state |= {"kind": self.kind.replace("checkpoint", "weights"), "rows": progress.rows}
+        save_whole(state | {"machine": machine(progress.device)} | more, self.model_file)
 
     def write_rows(self, rows):
         """All epochs so far, a dict each, as the CSV."""
@@ -362,6 +353,13 @@ class Experiment:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
+
+
+def row_of(epoch, train, validation, optimizer, images_per_second=None):
+    """An epoch's row of the CSV; train and validation are (loss, accuracy)."""
+    means = {"train_loss": train[0], "val_loss": validation[0], "train_acc": train[1], "val_acc": validation[1]}
+    speed = {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
+    return {"epoch": epoch, **means, **speed}
 
 
 class Lines(io.TextIOBase):
@@ -382,12 +380,12 @@ def progress_bar(total, what, unit, done=0, **options):
 class Progress:
     """Where a run stands, and the loop over the steps of an epoch with all that happens between two of them."""
 
-    def __init__(self, args, device, model, images, title, advice):
+    def __init__(self, experiment, run, images, title, advice):
         """images: how many an epoch visits. title: what the bar says. advice: against a loss that is not finite."""
-        self.args, self.device, self.model = args, device, model
+        self.experiment, self.args, self.device, self.model = experiment, experiment.args, run.device, run.model
         self.images, self.title, self.advice = images, title, advice
         self.epoch, self.step, self.seconds = 1, 0, 0.0  # step: how many of the epoch are done, in so many seconds
-        self.sums = torch.zeros(math.ceil(images / args.batch_size), 2, device=device)  # of losses and hits, by step
+        self.sums = torch.zeros(math.ceil(images / self.args.batch_size), 2, device=run.device)  # losses, hits, by step
         self.rows = []  # of the CSV
         self.signal, self.saved, self.has_checkpoint = 0, time.monotonic(), False
 
@@ -456,14 +454,19 @@ class Progress:
         finite = done.isfinite().all(1)
         finite[-1:] &= torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all().cpu()
         if not finite.all():
-            file = self.args.weights_dir / f"{self.args.experiment_name}.ckpt"
+            file = self.experiment.checkpoint_file
             kept = f"the last checkpoint, {file}, is good" if file.exists() else "there is no checkpoint yet"
             where = f"{self.title} {self.epoch}, step {finite.tolist().index(False) + 1}"
             raise UserError(f"the loss is not finite in {where}: {self.advice} ({kept})")
         return (done.double().sum(0) / min(self.step * self.args.batch_size, self.images)).tolist()
 
+    def row(self, validation, optimizer):
+        """The epoch's row of the CSV; validation is (loss, accuracy)."""
+        return row_of(self.epoch, self.means(), validation, optimizer, round(self.images / self.seconds, 1))
+
     def finish_epoch(self, row):
-        """Keep the epoch's row and go on to the next epoch."""
+        """Keep the epoch's row, in the CSV too, and go on to the next epoch."""
         self.rows.append(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
+        self.experiment.write_rows(self.rows)

@@ -131,9 +131,8 @@ def extract(archive, raw):
     part.mkdir(parents=True)
     print(f"unpacking {archive}")
     try:
-        with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                tar.extractall(part, filter="data")
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            tar.extractall(part, filter="data")
             while stream.read(2**20):  # to the end, where gzip keeps its checksum
                 pass
     except tarfile.FilterError as error:
@@ -170,9 +169,8 @@ def write_split(raw, data_dir, split):
     """Every image as a lossless PNG, <split>/[<label>/]<index>.png, by a thread per core; whole ones are left alone."""
     images_name, labels_name = SPLITS[split]
     images = np.memmap(raw / images_name, np.uint8, "r").reshape(-1, 3, STL10_SIDE, STL10_SIDE)  # column by column
-    folders = [data_dir / split] * len(images)
-    if labels_name:
-        folders = [data_dir / split / str(label) for label in np.fromfile(raw / labels_name, np.uint8)]
+    labels = np.fromfile(raw / labels_name, np.uint8) if labels_name else [""] * len(images)
+    folders = [data_dir / split / str(label) for label in labels]
     for folder in set(folders):
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -58,8 +58,11 @@ def parse_args(argv=None):
     add("--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr / 10")
     add = parser.add_argument_group("results").add_argument
     add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
-    add("--neighbours", type=rh.file_to_write, help="a picture to write: test images with the nearest training images")
-    return parser.parse_args(argv)
+    add("--neighbours", type=Path, help="a picture to write: test images with the nearest training images")
+    args = parser.parse_args(argv)
+    if args.neighbours and (args.neighbours.name in ("", "..") or args.neighbours.is_dir()):
+        parser.error(f"argument --neighbours: '{args.neighbours}' names no file")
+    return args
 
 
 def main():
@@ -73,7 +76,7 @@ def main():
     checkpoint = experiment.start(lambda c: MAY_DIFFER | (set() if c["run"]["begun"] else BEFORE_FULL), KEPT)
     args.precision = rh.choose_precision(args, device)
     run = FineTuning(args, device, path, weights)
-    progress = rh.Progress(args, device, run.model, len(run.train), "whole network, epoch", "lower --full-lr")
+    progress = rh.Progress(experiment, run, len(run.train), "whole network, epoch", "lower --full-lr")
     save = functools.partial(experiment.save, run.checksum, run, progress, classes=run.classes)
     if checkpoint:
         experiment.load(checkpoint, run.checksum, run, progress)
@@ -95,15 +98,13 @@ def main():
         draws = dh.uniform_draws(len(run.images), dh.LABELLED_VIEW_DRAWS, args.seed, rh.VIEWS, epoch, device=device)
         for index in progress.steps(order.split(args.batch_size), save):
             progress.sums[progress.step] = run.step(index, draws)
-        train, validation = progress.means(), run.validate()
-        row = row_of("full", epoch, train, validation, run.optimizer, round(len(order) / progress.seconds, 1))
-        run.schedule.step(validation[0])
-        if validation[1] > run.best["val_acc"]:
-            run.best = {"val_acc": validation[1], "epoch": epoch, "model": rh.cpu_state(run.model)}
+        row = {"stage": "full", **progress.row(run.validate(), run.optimizer)}
+        run.schedule.step(row["val_loss"])
+        if row["val_acc"] > run.best["val_acc"]:
+            run.best = {"val_acc": row["val_acc"], "epoch": epoch, "model": rh.cpu_state(run.model)}
         progress.finish_epoch(row)
-        experiment.write_rows(progress.rows)
-        result = "whole network, epoch {}/{}: loss {:.4f}, accuracy {:.2%}, validation loss {:.4f}, accuracy {:.2%}"
-        print(result.format(epoch, full_epochs, *train, *validation), flush=True)
+        text = "loss {train_loss:.4f}, accuracy {train_acc:.2%}, validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
+        print(f"whole network, epoch {epoch}/{full_epochs}: {text.format(**row)}", flush=True)
     if args.full_fine_tune and "full" not in run.results:
         run.use_best(progress.rows)
         save()
@@ -130,9 +131,7 @@ class FineTuning:
         if test.is_dir():
             test = dh.load_labelled(test, args.image_size, device, classes)
             self.test_images, self.test_labels, self.checksum = *test[:2], self.checksum + test[3]
-        self.train, self.validation = (part.to(device) for part in dh.stratified_split(self.labels.cpu(), args.seed))
-        if len(self.validation) == 0:
-            raise rh.UserError(f"{folder} has too few images per class to set 16 % apart for validation: add some")
+        self.train, self.validation = dh.stratified_split(self.labels, args.seed, folder)
         if args.batch_size > len(self.train):
             raise rh.UserError(f"--batch-size {args.batch_size} is more than the {len(self.train)} images: lower it")
         self.classes = dh.class_names(args.data_dir, classes)
@@ -275,7 +274,7 @@ def fit_softmax_layer(features, labels, train, validation, args):
                 means = torch.stack([sums / len(train), batch_sums(logits, labels[validation], loss) / len(validation)])
             if not means.isfinite().all():
                 raise rh.UserError(f"the loss is not finite in epoch {epoch} of the softmax layer: lower --lr")
-            rows.append(row_of("softmax", epoch, *means.tolist(), optimizer, None))
+            rows.append({"stage": "softmax", **rh.row_of(epoch, *means.tolist(), optimizer)})
             schedule.step(rows[-1]["val_loss"])
             if rows[-1]["val_acc"] > best:
                 best, state = rows[-1]["val_acc"], rh.cpu_state(layer)
@@ -297,19 +296,12 @@ def batch_sums(logits, labels, loss):
     return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
 
 
-def row_of(stage, epoch, train, validation, optimizer, images_per_second):
-    """A row of the CSV; train and validation are (loss, accuracy)."""
-    means = {"train_loss": train[0], "val_loss": validation[0], "train_acc": train[1], "val_acc": validation[1]}
-    speed = {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
-    return {"stage": stage, "epoch": epoch, **means, **speed}
-
-
 # ---- The report ------------------------------------------------------------------------------------------------------
 def report(run, progress, experiment):
     """Write <experiment>.pt and the pictures, print the table and append it to results.md."""
     parts = {"trunk": run.model.trunk, "softmax_layer": run.model.softmax_layer}
     more = {"classes": run.classes, "results": run.results, "seconds": run.seconds}
-    experiment.export(parts, progress.rows, run.device, **more, pixel_mean=dh.MEAN, pixel_std=dh.STD)
+    experiment.export(parts, progress, **more, pixel_mean=dh.MEAN, pixel_std=dh.STD)
     images, labels = run.test_images, run.test_labels
     if images is None:
         images, labels = run.images[run.validation], run.labels[run.validation]
@@ -339,8 +331,7 @@ def spread(values, scale=100, unit=" %"):
 def draw_neighbours(run, images, labels):
     """The first image of every class with its nearest training images by the finished trunk, as a picture."""
     shown = torch.tensor([(labels == label).nonzero()[0].item() for label in labels.unique()], device=run.device)
-    count = min(SHOWN_NEIGHBOURS, len(run.images))
-    _, rows = models.nearest(run.features(run.images), run.features(images[shown]), count)
+    _, rows = models.nearest(run.features(run.images), run.features(images[shown]), SHOWN_NEIGHBOURS)
     picture = neighbour_picture(images[shown], labels[shown], run.images[rows], run.labels[rows], run.classes)
     save_picture(picture, run.args.neighbours)
     print(f"wrote {run.args.neighbours}: images, and the nearest training images, in green if of the same class")

@@ -161,13 +161,9 @@ def test_labelled_view_turns_about_the_middle():
 
 def test_splits_are_disjoint_stratified_and_from_the_seed():
     labels = torch.arange(5000) % 10
-    train, validation = dh.stratified_split(labels, 3)
+    train, validation = dh.stratified_split(labels, 3, "train")
     assert (len(train), len(validation)) == (4200, 800)
     assert torch.cat([train, validation]).sort().values.equal(torch.arange(5000))
     assert torch.bincount(labels[validation]).tolist() == [80] * 10
-    assert dh.stratified_split(labels, 3)[1].equal(validation)
-    assert not dh.stratified_split(labels, 4)[1].equal(validation)
-    train, validation = dh.unlabelled_split(1000, 0, only_train=False)
-    assert len(train) == 700
-    assert torch.cat([train, validation]).sort().values.equal(torch.arange(1000))
-    assert len(dh.unlabelled_split(1000, 0, only_train=True)[1]) == 0
+    assert dh.stratified_split(labels, 3, "train")[1].equal(validation)
+    assert not dh.stratified_split(labels, 4, "train")[1].equal(validation)

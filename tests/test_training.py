@@ -432,6 +432,8 @@ def test_at_most_so_many_images_validate(tiny, monkeypatch):
     run, all_of_them = start_of(tiny), start_of([*tiny, "--only-train"])
     assert (run.train_count, len(run.images)) == (70, 77)
     assert all_of_them.train_count == len(all_of_them.images) == 100
+    for images in (run.images, all_of_them.images):
+        assert len({image.numpy().tobytes() for image in images}) == len(images), "each of them once"
 
 
 def test_bf16_on_cpus(tiny):

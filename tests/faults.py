@@ -164,7 +164,7 @@ def check_end(process, out, err, number, statuses, problems):
     killed = number != signal.SIGINT and process.returncode == -number and not err
     # While it starts and imports, and once its work is done, Python itself answers Ctrl-C, in ways of its own.
     unprepared = not out or "wrote" in out or "nothing to do" in out
-    by_python = process.returncode == -number or err.rstrip().endswith("KeyboardInterrupt")
+    by_python = process.returncode == -number or err.rstrip().rstrip(":").endswith("KeyboardInterrupt")
     if not orderly and not killed and not (unprepared and by_python):
         problems.append(f"status {process.returncode}, after {out!r}: {err.strip()}")
 

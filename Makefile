@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n auto --dist worksteal
 
 DEMO = --data-dir demo/data --weights-dir demo/weights --observations-dir demo/observations_dir \
        --image-size 36 --seed $(SEED)
-DEMO_LABELLED = $(PY) train_stl_after_ssl.py $(DEMO) --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 2
+DEMO_LABELLED = $(PY) train_stl_after_ssl.py $(DEMO) --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 1
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -25,7 +25,7 @@ demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning and the table
 	rm -rf demo
 	$(PY) -m benchmarks.synthetic --raw-dir demo/raw --seed $(SEED)
 	$(PY) stl10_data_load.py --raw-dir demo/raw --data-dir demo/data
-	$(PY) pirl_stl_train_test.py $(DEMO) --batch-size 32 --epochs 5 --only-train True --experiment-name pirl
+	$(PY) pirl_stl_train_test.py $(DEMO) --batch-size 32 --epochs 5 --knn-every 0 --only-train True --experiment-name pirl
 	$(DEMO_LABELLED) --experiment-name labelled_random
 	$(DEMO_LABELLED) --experiment-name labelled_pirl --pirl-model-name pirl
 	@echo; cat demo/observations_dir/results.md

@@ -103,6 +103,7 @@ def test_the_conventional_pipeline_s_views_are_those_of_the_step(monkeypatch):
         assert 0.8 < conventional.std() / project.std() < 1.25
 
 
+@pytest.mark.slow
 def test_gpu_report(monkeypatch, tmp_path):
     """On a CPU, with everything small. What fails, here for want of a compiler, is named, and the rest goes on."""
     monkeypatch.setattr(throughput, "IMAGES", 32)

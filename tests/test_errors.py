@@ -177,6 +177,7 @@ def test_a_folder_that_cannot_be_made(call, tiny, tmp_path):
         assert outcome.is_one_line_error("file", "File exists")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, tiny, tmp_path):
     """RLIMIT_FSIZE stands in for the disk: the second run's checkpoints do not fit."""
     assert call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp").status == 0

@@ -161,7 +161,8 @@ def pid_of_rank(process, rank):
     raise AssertionError("no such rank")
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job(endless, rank):
     os.kill(pid_of_rank(endless, rank), signal.SIGKILL)
     status, _, err = finish(endless, 30)
@@ -214,6 +215,7 @@ def test_ranks_that_see_different_images_are_refused(tiny, tmp_path):
     assert "--data-dir" in error_lines(err)[0]
 
 
+@pytest.mark.slow
 def test_bad_arguments_give_one_line(tiny):
     """From within the job; what the parser refuses is the other test's."""
     status, _, err = finish(launch(2, ROOT / "pirl_stl_train_test.py", *tiny, "--data-dir", "nowhere"), 60)

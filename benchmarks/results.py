@@ -69,9 +69,9 @@ def finished_run(module, folder, name, flags):
     command = f"python {Path(module.__file__).name} {shlex.join(flags)}\n"
     if record.exists() and record.read_text("utf-8") != command:
         raise rh.UserError(f"{record} is the command of {name}, not {command.strip()}: remove {folder} to run all anew")
-    with rh.whole_file(record, "w") as file:
-        file.write(command)
     if not weights.exists():
+        with rh.whole_file(record, "w") as file:
+            file.write(command)
         print(f"\n$ {command}", flush=True)
         if status := subprocess.run([sys.executable, module.__file__, *flags, "--resume", "True"]).returncode:
             sys.exit(status)  # the script has said why

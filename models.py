@@ -19,6 +19,7 @@ TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
 PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # of a network, under these names in our files
 VECTOR_SIZE = 128  # numbers in an output of the heads and in a row of the memory bank (paper, section 3.2)
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # of the k-nearest-neighbour classifier
+SMALL_MAP_KERNELS = (((1, 1), (0, 0)), ((3, 3), (1, 1)))  # (kernel, padding) that SmallMapConv2d computes
 EVALUATION_BATCH = 128  # at most so many images at a time when nothing is trained
 
 
@@ -64,7 +65,7 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
         trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     for module in trunk.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size in ((1, 1), (3, 3)):
+        if isinstance(module, nn.Conv2d) and (module.kernel_size, module.padding) in SMALL_MAP_KERNELS:
             SmallMapConv2d.adopt(module)
     return trunk, dimension
 

@@ -189,13 +189,13 @@ def image_view(images, draws, least_area=CROP_AREA[0], strength=COLOUR_STRENGTH)
 
 
 def labelled_view(images, draws):
-    """The view for fine-tuning: crop of at least 60 %, rotation by up to 15°, flip, brightness 0.6 … 1.4.
+    """The view for fine-tuning: crop of at least 20 %, rotation by up to 15°, flip, brightness 0.6 … 1.4.
 
     images [B, 3, S, S] float32 in 0 … 255, draws [B, 7] -> [B, 3, S, S] float32, normalised, channels-last.
     """
     crop, flip, angle, light = draws.split([CROP_DRAWS, 1, 1, 1], 1)
     middle, angle = (images.shape[-1] - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None, None]
-    y, x = (edge - middle for edge in whole_crop(crop, flip, images.shape[-1], (0.6, 1.0)))
+    y, x = (edge - middle for edge in whole_crop(crop, flip, images.shape[-1], CROP_AREA))
     y, x = y * angle.cos() + x * angle.sin(), x * angle.cos() - y * angle.sin()
     one = torch.ones_like(light[:, 0])
     return recolour(sample(images, y + middle, x + middle), 0.6 + 0.8 * light[:, 0], one, one, 0 * one)

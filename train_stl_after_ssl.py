@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--epochs", type=number(int, 1), default=100, help="passes over the training images, in each stage")
     add("--full-epochs", type=number(int, 1), help="the same for the full stage; None is --epochs")
     add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of the softmax stage (SGD, momentum 0.9)")
-    add("--full-lr", type=number(float, 0, 100), default=0.01, help="learning rate of the full stage")
+    add("--full-lr", type=number(float, 0, 100), default=0.03, help="learning rate of the full stage")
     add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights that are trained")
     add("--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr / 10")
     add = parser.add_argument_group("results").add_argument

@@ -154,7 +154,7 @@ def add_run_arguments(parser, experiment):
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=between(int, 0, 2**32 - 1), default=0, help="the seed of all random numbers of the run")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a CUDA GPU if there is one")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto takes bf16 if the hardware has it")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto takes bf16 on GPUs that have it")
     add("--deterministic", **switch(False), help="whether a GPU computes the same bits every time, as a CPU does")
 
 
@@ -185,10 +185,7 @@ def choose_device(args):
 
 def choose_precision(args, device):
     """args.precision -> "fp32" or "bf16"."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # ATEN_CPU_CAPABILITY may ask for less than the CPU has
-        fast = torch.cpu.get_capabilities().get("avx512_bf16") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and device.type == "cuda" and not fast:
         raise UserError("this GPU has no bf16 arithmetic: use --precision fp32")
     return args.precision if args.precision != "auto" else "bf16" if fast else "fp32"

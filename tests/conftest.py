@@ -119,7 +119,6 @@ def tiny(data_dir, tmp_path):
     """Flags that make a run take seconds."""
     return [
         *("--data-dir", data_dir, "--image-size", 36, "--batch-size", 16, "--epochs", 2, "--device", "cpu"),
-        *("--precision", "fp32"),
         *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
     ]
 

@@ -208,7 +208,7 @@ def test_messages_name_no_flag_that_was_not_given(call, tiny):
 
 
 def test_precision_is_stored_resolved_and_kept(call, tiny, tmp_path, monkeypatch):
-    flags = (*tiny, "--precision", "auto", "--experiment-name", "exp", "--resume")
+    flags = (*tiny, "--experiment-name", "exp", "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(rh, "choose_precision", lambda args, device: "bf16")  # as on most GPUs
         assert call("train_stl_after_ssl", *flags).status == 0

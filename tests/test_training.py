@@ -293,7 +293,7 @@ def test_more_epochs_for_a_finished_run(call, tiny, tmp_path):
 
 def test_precision_is_stored_resolved_and_kept(call, tiny, tmp_path, monkeypatch):
     """auto is what the machine has where the run begins; going on elsewhere does not change the arithmetic unsaid."""
-    flags = (*tiny, "--precision", "auto", "--experiment-name", "exp", "--resume")
+    flags = (*tiny, "--experiment-name", "exp", "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(rh, "choose_precision", lambda args, device: "bf16")  # as on most GPUs
         assert call("pirl_stl_train_test", *flags, "--epochs", 1).status == 0
@@ -303,15 +303,7 @@ def test_precision_is_stored_resolved_and_kept(call, tiny, tmp_path, monkeypatch
         assert outcome.status == 0, outcome.err
         assert ("--precision was bf16, is fp32" in outcome.out) == bool(given)
         assert weights(tmp_path, "exp")["settings"]["precision"] == precision
-
-
-@pytest.mark.parametrize(
-    ("capability", "bf16", "precision"), [("AVX512", 1, "bf16"), ("AVX512", 0, "fp32"), ("AVX2", 1, "fp32")]
-)
-def test_precision_of_cpus(capability, bf16, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bool(bf16)})
-    assert rh.choose_precision(pirl.parse_args([]), torch.device("cpu")) == precision
+    assert rh.choose_precision(pirl.parse_args([]), torch.device("cpu")) == "fp32"
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(call, tiny, monkeypatch):

@@ -1,133 +1,244 @@
-"""Pretrain a ResNet without labels by PIRL (Misra & van der Maaten, arXiv:1912.01991) on the images of STL-10.
+"""Pretrain a ResNet without labels by PIRL (Misra & van der Maaten, arXiv:1912.01991).
 
 python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 --experiment-name exp
 """
 
-import functools
 import math
 import os
 import shutil
-import time
 
-import run_helpers as rh
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
-from torch.distributed.nn.functional import all_reduce
 
-import dataset_helpers as dh
+import augmentations
+import dataset_helpers
+import evaluation
 import models
-from jigsaw import JIGSAW_DRAWS, jigsaw_view
+from checkpoints import (
+    CHANGEABLE,
+    Experiment,
+    TrainingState,
+    load_weights,
+    read_weights,
+)
+from jigsaw import Jigsaw
 from memory_bank import MemoryBank
+from progress import LoopControl
+from run_helpers import (
+    BANK,
+    INITIAL_WEIGHTS,
+    NEGATIVES,
+    ORDER,
+    RANK,
+    RANKS,
+    VIEWS,
+    Parser,
+    UserError,
+    add_run_arguments,
+    autocast,
+    bool_flag,
+    bounded,
+    choose_device,
+    choose_precision,
+    compare_ranks,
+    derived_seed,
+    gather_rows,
+    join_ranks,
+    make_generator,
+    non_empty,
+    run_script,
+)
 
 DEFAULT_NEGATIVES = 6400
-STATISTICS_IMAGES = 4096  # at most so many training images for the exported batch-norm statistics
-GRADIENT_NORM = 2.0  # the usual norm is above 10 at first, so a step then has the length 2 · lr, whatever the loss
-ADVICE = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
-# What a resumed run may change, and what it keeps from its checkpoint unless the flag is given again.
-MAY_DIFFER = rh.MAY_DIFFER | {"epochs", "knn_every", "tensorboard", "compile", "tmax_for_cos_decay"}
-KEPT = ("precision", "tmax_for_cos_decay", "warm_start", "pirl_model_name", "cont_epoch")
+# For the exported batch-norm statistics, at most so many training images are enough.
+STATISTICS_IMAGES = 4096
+# The gradient's norm is above 10 at first. Clipped, a step has the length 2 · lr then,
+# whatever the loss is.
+MAX_GRADIENT_NORM = 2.0
+MOMENTUM = 0.9
 
 
-def parse_args(argv=None):
-    parser = rh.Parser(__doc__.split("\n")[0])
-    rh.add_run_arguments(parser, experiment="e1_resnet18_")
-    switch, number = rh.switch, rh.between
+def make_parser():
+    parser = Parser("Pretrain a ResNet without labels by PIRL on the images of STL-10.")
+    add_run_arguments(parser, experiment="e1_resnet18_")
+    # fmt: off
     add = parser.add_argument_group("images").add_argument
-    add("--only-train", **switch(False), help="whether to train on all unlabelled images instead of 70 %%")
-    add("--image-size", type=number(int, 36, 224), default=96, help="the side of the images in pixels, once read")
-    add("--crop-area", type=number(float, 0.01, 1), default=0.2, help="smallest crop, as a fraction of the image area")
-    add("--colour-strength", type=number(float, 0, 2), default=0.5, help="strength of the colour jitter, 0 for none")
+    add("--only-train", **bool_flag(False),
+        help="whether to train on all unlabelled images instead of 70 %%")
+    add("--image-size", type=bounded(int, 36, 224), default=96,
+        help="images are resized and cropped to this side length in pixels")
+    add("--crop-area", type=bounded(float, 0.01, 1), default=0.2,
+        help="smallest crop of the image view, as a fraction of the image's area")
+    add("--colour-strength", type=bounded(float, 0, 2), default=0.5,
+        help="strength of the colour jitter, 0 for none")
+
     add = parser.add_argument_group("network").add_argument
-    add("--model-type", choices=[*models.TRUNKS], default="res18", help="the trunk: ResNet-18, -34 or -50")
-    add("--stem", choices=["imagenet", "small"], default="imagenet", help="small: a first convolution of stride 1")
-    add("--zero-init", **switch(True), help="whether every residual block starts as its shortcut")
-    add("--non-linear-head", **switch(False), help="whether a ReLU and a further linear layer follow each head")
-    add("--compile", **switch(False), help="whether to use torch.compile for the trunk and the augmentations")
+    add("--model-type", choices=[*models.TRUNKS], default="res18",
+        help="the trunk: ResNet-18, -34 or -50")
+    add("--stem", choices=["imagenet", "small"], default="imagenet",
+        help="small: a first convolution of stride 1")
+    add("--zero-init", **bool_flag(True),
+        help="whether every residual block starts as the identity"
+             " (zero-initialised last batch norm)")
+    add("--non-linear-head", **bool_flag(False),
+        help="whether a ReLU and another linear layer follow each head")
+    add("--compile", **bool_flag(False),
+        help="whether to use torch.compile for the trunk and the augmentations")
+
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=["modified-nce", "nce"], default="modified-nce", help="nce is the paper's equation 5")
-    add("--positive", choices=["bank", "pair"], default="bank", help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
-    add("--loss-weight", type=number(float, 0, 1), default=0.5, help="λ: the weight of the jigsaw term")
-    add("--temp-parameter", type=number(float, 0.01, 100), default=0.07, help="τ: the temperature")
-    add("--count-negatives", type=number(int, 1), help=f"K, of the bank; None is {DEFAULT_NEGATIVES}, or all if fewer")
-    add("--batch-negatives", **switch(True), help="whether the f(φ(I)) of the batch's other images are negatives too")
-    add("--beta", type=number(float, 0, 0.999), default=0.5, help="β: the weight of the past in the memory bank")
+    add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
+        help="nce is the paper's equation 5")
+    add("--positive", choices=["bank", "pair"], default="bank",
+        help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
+    add("--loss-weight", type=bounded(float, 0, 1), default=0.5,
+        help="λ: the weight of the pretext term")
+    add("--temp-parameter", type=bounded(float, 0.01, 100), default=0.07,
+        help="τ: the temperature")
+    add("--count-negatives", type=bounded(int, 1),
+        help=f"K: negatives from the bank; defaults to {DEFAULT_NEGATIVES},"
+             " or to all if there are fewer")
+    add("--batch-negatives", **bool_flag(True),
+        help="whether the f(φ(I)) of the batch's other images are negatives too")
+    add("--beta", type=bounded(float, 0, 0.999), default=0.5,
+        help="β: the weight of the past in the memory bank")
+
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", type=number(int, 1), default=128, help="images per step, of all ranks together")
-    add("--epochs", type=number(int, 1), default=100, help="passes over the training images")
-    add("--lr", type=number(float, 0, 100), default=0.2, help="peak learning rate of SGD with momentum 0.9")
-    add("--warmup-steps", type=number(int, 0), default=100, help="steps in which the learning rate rises from 0")
-    add("--tmax-for-cos-decay", type=number(int, 1), help="epochs until the learning rate reaches 0; None is --epochs")
-    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights")
-    add("--knn-every", type=number(int, 0), default=5, help="epochs between measurements of kNN accuracy, 0 for none")
-    add("--tensorboard", **switch(False), help="whether to write a TensorBoard log too")
-    add("--warm-start", **switch(False), help="whether to start from --pirl-model-name, or this name's finished model")
-    add("--pirl-model-name", help="with --warm-start: a file of weights, or a name in the weights folder")
-    add("--cont-epoch", type=number(int, 1), help="with --warm-start: the number of the first epoch; None is 1")
+    add("--batch-size", type=bounded(int, 1), default=128,
+        help="the global batch size: images per step, of all ranks together")
+    add("--epochs", type=bounded(int, 1), default=100,
+        help="passes over the training images")
+    add("--lr", type=bounded(float, 0, 100), default=0.2,
+        help="peak learning rate of SGD with momentum 0.9")
+    add("--warmup-steps", type=bounded(int, 0), default=100,
+        help="steps in which the learning rate rises from 0")
+    add("--tmax-for-cos-decay", type=bounded(int, 1),
+        help="epochs until the learning rate reaches 0; defaults to --epochs")
+    add("--weight-decay", type=bounded(float, 0, 1), default=5e-4,
+        help="weight decay of all weights")
+    add("--knn-every", type=bounded(int, 0), default=5,
+        help="epochs between measurements of kNN accuracy, 0 for none")
+    add("--tensorboard", **bool_flag(False),
+        help="whether to write a TensorBoard log too")
+    add("--warm-start", **bool_flag(False),
+        help="whether to start from --pirl-model-name, or from this experiment's"
+             " finished model")
+    add("--pirl-model-name", type=non_empty,
+        help="with --warm-start: a file of weights, or a name in the weights folder")
+    add("--cont-epoch", type=bounded(int, 1),
+        help="with --warm-start: the number of the first epoch; defaults to 1")
+    # fmt: on
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if not args.warm_start and not args.resume and (args.pirl_model_name or args.cont_epoch):
-        parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
-    if (args.cont_epoch or 1) > args.epochs:
-        parser.error(f"--cont-epoch {args.cont_epoch} is after the last epoch, --epochs {args.epochs}")
-    return args
-
-
-def main():
-    args = parse_args()
-    device = rh.choose_device(args)
-    rh.join_ranks(device)
-    experiment = rh.Experiment(args, "PIRL checkpoint")
-    checkpoint = experiment.start(lambda c: MAY_DIFFER, KEPT, own_name=args.warm_start and not args.pirl_model_name)
-    settle(args, device, checkpoint)
-    images, train_count, checksum = dh.load_unlabelled(args, device)
-    check(args, train_count)
-    run = Pretraining(args, device, images, train_count)
-    progress = rh.Progress(experiment, run, train_count, "epoch", ADVICE)
-    save = functools.partial(experiment.save, checksum, run, progress)
+    experiment = Experiment(args, "PIRL checkpoint")
+    # A warm start under the run's own name goes on with that run's record.
+    continues_itself = args.warm_start and not args.pirl_model_name
+    checkpoint = experiment.open_checkpoint(args.resume, may_replace=continues_itself)
     if checkpoint:
-        experiment.load(checkpoint, checksum, run, progress)
+        changeable = CHANGEABLE | {
+            "epochs",
+            "knn_every",
+            "tensorboard",
+            "compile",
+            "tmax_for_cos_decay",
+        }
+        args = experiment.restore_settings(parser, argv, checkpoint, changeable)
+
+    check_flags(parser, args)
+
+    device = choose_device(args)
+    resolve_defaults(args, device)
+    join_ranks(device)
+    images, train_count, checksum = dataset_helpers.load_unlabelled(args, device)
+    validate_args(args, train_count)
+    trainer = Pretraining(args, device, images, train_count)
+    state = TrainingState(torch.zeros(2, dtype=torch.float64, device=device))
+
+    def save():
+        experiment.save_checkpoint(args, checksum, trainer, state)
+
+    advice = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
+    loop = LoopControl(trainer, state, experiment, save, "epoch", advice)
+    if checkpoint:
+        experiment.restore(checkpoint, checksum, trainer, state)
+        loop.has_checkpoint = True
     elif args.warm_start:
-        warm_start(run, progress, experiment)
-        save()  # in the place of what an earlier run of this name has left
-    rh.same_on_all_ranks(checksum, progress.epoch, progress.step)
-    labelled = load_monitor(args, device) if args.knn_every and rh.RANK == 0 else None
-    writer = tensorboard_writer(experiment, progress.epoch) if args.tensorboard and rh.RANK == 0 else None
-    announce(run, progress)
-    while progress.epoch <= args.epochs:
-        epoch, started = progress.epoch, time.monotonic() - progress.seconds
-        order = torch.randperm(train_count, generator=rh.generator("cpu", args.seed, rh.ORDER, epoch)).to(device)
-        draws = run.view_draws(epoch)
-        for index in progress.steps(order.split(args.batch_size), save):
-            progress.sums[progress.step] = run.step(index, draws, epoch, progress.step)
-        row = progress.row(validate(run, draws, epoch), run.optimizer)
-        due = labelled and (epoch % args.knn_every == 0 or epoch == args.epochs)
-        row["knn_acc"] = neighbours(run, labelled) if due else None
-        row["seconds"] = round(time.monotonic() - started, 2)
-        progress.finish_epoch(row)
-        report(row, args.epochs, writer)
-    save()
-    export(run, progress, experiment)
+        warm_start(trainer, state, experiment)
+        save()  # in the place of the one that an earlier run of this name has left
+    compare_ranks(checksum, state.epoch, state.step)
+
+    labelled = None
+    writer = None
+    if RANK == 0:
+        if args.knn_every:
+            labelled = load_monitor(args, device)
+        if args.tensorboard:
+            writer = tensorboard_writer(experiment, state.epoch)
+    print_summary(trainer, state)
+
+    with loop:
+        while state.epoch <= args.epochs:
+            epoch = state.epoch
+            uniforms = trainer.epoch_uniforms(epoch)
+            batches = trainer.epoch_batches(epoch)
+
+            loop.begin_epoch()
+            for index in batches[state.step :]:
+                totals = trainer.train_step(index, uniforms, epoch, state.step)
+                # Saves a checkpoint if one is due; on a signal, the process ends here.
+                loop.after_step(totals)
+            train_loss, train_accuracy = loop.end_epoch()
+
+            val_loss, val_accuracy = validate(trainer, uniforms, epoch)
+            knn_accuracy = None
+            if labelled and (epoch % args.knn_every == 0 or epoch == args.epochs):
+                knn_accuracy = monitor_accuracy(trainer, labelled)
+
+            metrics = {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "train_acc": train_accuracy,
+                "val_acc": val_accuracy,
+                "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+                "images_per_second": round(train_count / state.seconds, 1),
+                "knn_acc": knn_accuracy,
+                "seconds": round(loop.epoch_seconds(), 2),
+            }
+            state.finish_epoch(metrics)
+            experiment.write_history(state.history)
+            log_epoch(metrics, args.epochs, writer)
+            # A signal that came during validation or kNN ends the process here.
+            loop.after_epoch()
+
+        save()
+        export(trainer, state, experiment)
+        loop.after_export()
 
 
-# ---- The loss --------------------------------------------------------------------------------------------------------
-def candidate_logits(u, w, negatives, hidden, temperature):
-    """[s(u, w), s(w, m_1), …, s(w, m_K)] / τ: the positive and the negatives among which it is to be found.
+# ---- The loss ------------------------------------------------------------------------
+def candidate_logits(u, w, negatives, excluded, temperature):
+    """[s(u, w), s(w, m_1), …, s(w, m_C)] / τ: the positive, then those to tell it from.
 
-    u, w [..., B, 128] and negatives [C, 128] are unit vectors, hidden [B, C] is True where m_k is no negative of that
-    image: its logit is −∞. Returns [..., B, 1 + C]. (C is K + 1 and more: see MemoryBank.draw_negatives.)
+    u, w [B, 128] and negatives [C, 128] are unit vectors; excluded [B, C] is True where
+    a vector is no negative of that image: its logit is −∞. Returns [B, 1 + C].
     """
     positive = (u * w).sum(-1, keepdim=True)
-    against_bank = (w @ negatives.T).masked_fill(hidden, -math.inf)
-    return torch.cat([positive, against_bank], -1) / temperature
+    rivals = (w @ negatives.T).masked_fill(excluded, -math.inf)
+    return torch.cat([positive, rivals], dim=-1) / temperature
 
 
 def modified_nce(logits):
-    """−log h(u, w): the negative log probability of the positive, column 0 (equation 4). [..., 1 + K] -> [...]."""
-    return -F.log_softmax(logits, -1)[..., 0]
+    """−log h(u, w), h being the positive's probability (equation 4). [B, 1 + C] -> [B]."""
+    return -F.log_softmax(logits, dim=-1)[..., 0]
 
 
 def nce(logits):
-    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [..., 1 + K] -> [...].
+    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + C] -> [B].
 
     h(w, m_k) is the probability of column k. Where that is near 1, 1 − h is lost to rounding; only the largest can be,
     and for it log(1 − h) is the log-sum-exp of the other columns less that of all.
@@ -139,240 +250,433 @@ def nce(logits):
     return -log_h[..., 0] - log_not[..., 1:].sum(-1)
 
 
-def pirl_loss(image_vectors, patch_vectors, memory, negatives, hidden, args, fresh=None):
-    """L = λ · loss(partner, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6), and the pretext hits.
+def pirl_loss(image_vectors, patch_vectors, memory, negatives, excluded, args):
+    """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6).
 
-    The partner of g(φ(I_t)) is m_I, or f(φ(I)) for --positive pair. image_vectors, patch_vectors [B, 128] of the
-    network, memory [B, 128] the images' own rows of the bank, negatives [C, 128], hidden [B, C]. fresh is further
-    negatives: f(φ(I)) [B', 128] of a whole batch, and which row is the image itself [B, B'] bool. Returns the loss [B]
-    and hits [B] bool: whether m_I is more similar to g(φ(I_t)) than every negative from the bank is. All in float32.
+    image_vectors and patch_vectors [B, 128]: what the heads f and g give; memory [B, 128]:
+    the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
+    candidate_logits(). Returns the loss of each image, float32 [B].
     """
-    from_bank = slice(1, 1 + len(negatives))  # columns of the logits; column 0 is the positive
-    if fresh is not None:
-        negatives = torch.cat([negatives, F.normalize(fresh[0].float(), dim=1)])
-        hidden = torch.cat([hidden, fresh[1]], 1)
-    g, f = vectors = F.normalize(torch.stack([patch_vectors, image_vectors]).float(), dim=2)
-    partners = torch.stack([memory if args.positive == "bank" else f, memory])
-    logits = candidate_logits(partners, vectors, negatives, hidden, args.temp_parameter)  # [2, B, 1 + C]
-    jigsaw_term, image_term = {"modified-nce": modified_nce, "nce": nce}[args.loss](logits)
-    hits = (memory * g).sum(1) / args.temp_parameter > logits[0, :, from_bank].amax(1) + 1e-4  # a tie is no hit
-    return args.loss_weight * jigsaw_term + (1 - args.loss_weight) * image_term, hits
+    vectors = torch.stack([patch_vectors, image_vectors]).float()
+    g, f = vectors = F.normalize(vectors, dim=2)  # [2, B, 128]
+    targets = torch.stack([memory if args.positive == "bank" else f, memory])
+    logits = candidate_logits(targets, vectors, negatives, excluded, args.temp_parameter)
+    criterion = {"modified-nce": modified_nce, "nce": nce}[args.loss]
+    pretext_term, image_term = criterion(logits)
+    return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
 
 
-# ---- Training --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def pretext_correct(patch_vectors, memory, negatives, excluded):
+    """Whether m_I is more similar to g(φ(I_t)) than every negative from the bank is.
+
+    The share of such images is the pretext accuracy. A tie does not count, or vectors
+    that have collapsed into one would have 100 %. Shapes as in pirl_loss(); bool [B].
+    """
+    g = F.normalize(patch_vectors.float(), dim=1)
+    similarity = (memory * g).sum(1)
+    rivals = (g @ negatives.T).masked_fill(excluded, -math.inf)
+    return similarity > rivals.amax(1) + 1e-5  # cosines are rounded by about 1e-7
+
+
+# ---- Training ------------------------------------------------------------------------
 class Pretraining:
     """Network, optimiser and memory bank, and a step of training with them."""
 
     def __init__(self, args, device, images, train_count):
-        """images uint8 [N, 3, S, S] on the device: `train_count` to train on, then those of validation."""
-        self.args, self.device, self.images, self.train_count = args, device, images, train_count
-        self.negatives = args.count_negatives or min(DEFAULT_NEGATIVES, train_count - 1)
-        self.epoch_steps = math.ceil(train_count / args.batch_size)
-        torch.manual_seed(rh.derived_seed(args.seed, rh.INITIAL_WEIGHTS))
-        model = models.PIRL(args.model_type, args.non_linear_head, args.stem, args.zero_init)
-        self.model = self.network = model.to(device, memory_format=torch.channels_last)
-        if rh.RANKS > 1:  # each rank normalises its own share of a batch
-            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.views = views
+        """images uint8 [N, 3, S, S] on the device: first `train_count` to train on, then
+        those to validate.
+        """
+        self.args = args
+        self.device = device
+        self.images = images
+        self.train_count = train_count
+        self.steps_per_epoch = math.ceil(train_count / args.batch_size)
+        self.negatives = args.count_negatives
+        if self.negatives is None:
+            self.negatives = min(DEFAULT_NEGATIVES, train_count - 1)
+
+        self.image_view = augmentations.ImageView(args.crop_area, args.colour_strength)
+        self.pretext = Jigsaw(args.colour_strength)
+        self.image_view.to(device)
+        self.pretext.to(device)
+
+        torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
+        trunk, dimension = models.make_trunk(args.model_type, args.stem, args.zero_init)
+        head_f = models.linear_head(dimension, args.non_linear_head)
+        head_g = self.pretext.make_head(dimension, args.non_linear_head)
+        self.model = models.PIRL(trunk, head_f, head_g)
+        self.model.to(device, memory_format=torch.channels_last)
+
+        self.network = self.model
+        if RANKS > 1:
+            # Each rank normalises its own share of a batch; running statistics are
+            # compared before validation.
+            self.network = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False
+            )
         if args.compile:
             self.model.trunk.compile(dynamic=False)
-            self.views = torch.compile(views, dynamic=False)
-        rates = {"lr": args.lr, "momentum": 0.9, "weight_decay": args.weight_decay}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), **rates, fused=True)
-        draw = rh.generator(device, args.seed, rh.BANK)
-        vectors = torch.randn(len(images), models.VECTOR_SIZE, generator=draw, device=device)
+            self.make_views = torch.compile(self.make_views, dynamic=False)
+
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=args.lr,
+            momentum=MOMENTUM,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+
+        generator = make_generator(device, args.seed, BANK)
+        size = (len(images), models.VECTOR_SIZE)
+        vectors = torch.randn(size, generator=generator, device=device)
         self.bank = MemoryBank(vectors, train_count, args.beta)
 
     def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "bank")}
+        return {
+            "trunk": self.model.trunk.state_dict(),
+            "head_f": self.model.head_f.state_dict(),
+            "head_g": self.model.head_g.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bank": self.bank.state_dict(),
+        }
 
-    def load_state_dict(self, state):
-        for name in ("model", "optimizer", "bank"):
-            getattr(self, name).load_state_dict(state[name])
+    def load_state_dict(self, saved):
+        self.model.trunk.load_state_dict(saved["trunk"])
+        self.model.head_f.load_state_dict(saved["head_f"])
+        self.model.head_g.load_state_dict(saved["head_g"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.bank.load_state_dict(saved["bank"])
 
-    def view_draws(self, epoch):
-        """The random numbers of every image's two views in this epoch, float32 [N, 96]."""
-        columns = dh.IMAGE_VIEW_DRAWS + JIGSAW_DRAWS
-        return dh.uniform_draws(len(self.images), columns, self.args.seed, rh.VIEWS, epoch, device=self.device)
+    def epoch_batches(self, epoch):
+        """The training images in this epoch's order: a list of int64 [B] indices."""
+        generator = make_generator("cpu", self.args.seed, ORDER, epoch)
+        order = torch.randperm(self.train_count, generator=generator)
+        return order.to(self.device).split(self.args.batch_size)
 
-    def step(self, index, draws, epoch, step):
-        """One step of SGD on the images `index` [B], then the bank's update. Returns [sum of losses, hits]."""
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.args, epoch, step, self.epoch_steps)
-        self.model.train()
-        image_vectors, losses, hits = self.losses(index, draws, epoch, step)
-        self.optimizer.zero_grad()
-        (losses.sum() * rh.RANKS / len(index)).backward()  # the ranks' gradients are averaged
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        self.optimizer.step()
-        self.bank.update(index, image_vectors)
-        return self.sums(losses, hits)
+    def epoch_uniforms(self, epoch):
+        """A row of random numbers in [0, 1) for the two views of every image, [N, 96].
 
-    def losses(self, index, draws, *step_key):
-        """Both views of the images `index` [B] to the loss: (f(φ(I)) [B, 128] detached, losses, hits).
-
-        Of several ranks each does its share: its losses and hits are [B / ranks], the vectors are those of all.
+        They are a function of (seed, epoch, image), whatever else is in the batch.
         """
-        args, shares = self.args, index.tensor_split(rh.RANKS)
-        share = shares[rh.RANK]
-        mine = share if len(share) else index[:1]  # all ranks take part in the step; this one's part will not count
-        images, draws = self.images.index_select(0, mine), draws.index_select(0, mine)
-        # Compiled code serves the steps of full size; the few others would each need a compilation of their own.
-        full = self.model.training and len(index) == args.batch_size
+        generator = make_generator(self.device, self.args.seed, VIEWS, epoch)
+        columns = augmentations.IMAGE_VIEW_UNIFORMS + self.pretext.uniforms
+        size = (len(self.images), columns)
+        return torch.rand(size, generator=generator, device=self.device)
+
+    def train_step(self, index, uniforms, epoch, step):
+        """One step of SGD on the images `index` [B], then the bank's update.
+
+        Returns [sum of the losses, number of correct pretext answers], on the device.
+        """
+        self.model.train()
+        lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
+        self.optimizer.param_groups[0]["lr"] = lr
+
+        forward = self.forward_batch(index, uniforms, epoch, step)
+        image_vectors, losses, correct = forward
+
+        # DistributedDataParallel takes the mean of the ranks' gradients: with the factor,
+        # that is the gradient of the whole batch's mean loss.
+        loss = losses.sum() * RANKS / len(index)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+
+        self.bank.update(index, image_vectors)
+        return batch_totals(losses, correct)
+
+    def forward_batch(self, index, uniforms, epoch, step):
+        """From the images `index` [B] to their losses.
+
+        Returns (f(φ(I)) [B, 128] of the whole batch, detached; losses [b]; correct [b],
+        bool). b is this rank's share of the batch, B where there is one rank.
+        """
+        args = self.args
+
+        # This rank's share. The last batch of an epoch may have fewer images than there
+        # are ranks; but all ranks meet in a step, so one without a share takes part with
+        # an image that will not count.
+        shares = index.tensor_split(RANKS)
+        has_share = len(shares[RANK]) > 0
+        local_index = shares[RANK] if has_share else index[:1]
+
+        # Two views of each image, and the network.
+        images = self.images.index_select(0, local_index)
+        uniforms = uniforms.index_select(0, local_index)
+        # Compiled code serves the full batches of training; the few others would each
+        # need a compilation of their own.
+        full_batch = self.model.training and len(index) == args.batch_size
         network = self.network if self.model.training else self.model
-        with torch.compiler.set_stance("default" if full else "force_eager"):
-            view, patches = self.views(images, draws, args.crop_area, args.colour_strength)
-            with rh.autocast(self.device, args.precision):
+        with torch.compiler.set_stance("default" if full_batch else "force_eager"):
+            view, patches = self.make_views(images, uniforms)
+            with autocast(self.device, args.precision):
                 image_vectors, patch_vectors = network(view, patches)
-        all_vectors = image_vectors.float()
-        if rh.RANKS > 1:  # those of all ranks, in the batch's order; gradients flow back to each
-            first = sum(map(len, shares[: rh.RANK]))
-            others = (0, 0, first, len(index) - first - len(share))
-            all_vectors = all_reduce(F.pad(all_vectors[: len(share)], others))
-        draw = rh.generator(self.device, args.seed, rh.NEGATIVES, *step_key)  # the same negatives on all ranks
-        negatives, hidden = self.bank.draw_negatives(mine, self.negatives, draw)
-        fresh = (all_vectors, mine[:, None] == index) if args.batch_negatives else None
-        losses, hits = pirl_loss(image_vectors, patch_vectors, self.bank.vectors[mine], negatives, hidden, args, fresh)
-        if len(share) == 0:
-            losses, hits = losses * 0, hits * 0
-        return all_vectors.detach(), losses, hits
 
-    def sums(self, losses, hits):
-        """[sum of the losses, number of hits] of a batch, over all ranks, on the device."""
-        sums = torch.stack([losses.detach().sum(), hits.sum()])
-        if rh.RANKS > 1:
-            distributed.all_reduce(sums)
-        return sums
+        # f(φ(I)) of all ranks, in the batch's order.
+        counts = [len(share) for share in shares]
+        all_vectors = gather_rows(image_vectors.float(), counts)
 
-    def plain_trunk(self):
-        """A copy of the trunk with the batch-norm statistics of whole training images as they are: what users get."""
-        images = self.images[: min(self.train_count, STATISTICS_IMAGES)]
-        return models.plain_statistics(self.model.trunk, images, self.args.batch_size)
+        # The negatives: the same draw from the bank on all ranks, and the batch.
+        generator = make_generator(self.device, args.seed, NEGATIVES, epoch, step)
+        memory = self.bank.vectors[local_index]
+        negatives, excluded = self.bank.draw_negatives(
+            local_index, self.negatives, generator
+        )
+        correct = pretext_correct(patch_vectors, memory, negatives, excluded)
+        if args.batch_negatives:
+            batch_vectors = F.normalize(all_vectors, dim=1)
+            own = local_index[:, None] == index  # [b, B]
+            negatives = torch.cat([negatives, batch_vectors])
+            excluded = torch.cat([excluded, own], dim=1)
+
+        losses = pirl_loss(
+            image_vectors, patch_vectors, memory, negatives, excluded, args
+        )
+        if not has_share:
+            losses = losses * 0
+            correct = correct & False
+        return all_vectors.detach(), losses, correct
+
+    def make_views(self, images, uniforms):
+        """Images uint8 [B, 3, S, S] to the views I [B, 3, S, S] and I_t [B·n, 3, P, P]."""
+        sizes = [augmentations.IMAGE_VIEW_UNIFORMS, self.pretext.uniforms]
+        image_uniforms, pretext_uniforms = uniforms.split(sizes, dim=1)
+        images = images.float()
+        view = self.image_view(images, image_uniforms)
+        return view, self.pretext(images, pretext_uniforms)
+
+    def exported_trunk(self):
+        """The trunk with the batch-norm statistics of whole, unaugmented training images."""
+        count = min(self.train_count, STATISTICS_IMAGES)
+        return evaluation.with_plain_bn_statistics(
+            self.model.trunk, self.images[:count], self.args.batch_size
+        )
 
 
-def views(images, draws, crop_area, strength):
-    """Both views of images uint8 [B, 3, S, S] by random numbers [B, 96]: [B, 3, S, S] and [B·9, 3, P, P]."""
-    images, (image_draws, jigsaw_draws) = images.float(), draws.split([dh.IMAGE_VIEW_DRAWS, JIGSAW_DRAWS], 1)
-    return dh.image_view(images, image_draws, crop_area, strength), jigsaw_view(images, jigsaw_draws, strength)
+def batch_totals(losses, correct):
+    """[sum of the losses, number of correct answers] of a batch, over all ranks."""
+    totals = torch.stack([losses.detach().sum(), correct.sum()])
+    if RANKS > 1:
+        distributed.all_reduce(totals)
+    return totals
 
 
 def learning_rate(args, epoch, step, steps):
-    """Linear warm-up, and half a cosine from --lr to 0 over --tmax-for-cos-decay epochs; after them it stays at 0."""
-    passed = min(epoch - 1 + step / steps, args.tmax_for_cos_decay)
-    warm_up = min(1.0, ((epoch - args.cont_epoch) * steps + step + 1) / max(1, args.warmup_steps))
-    return args.lr * warm_up * (1 + math.cos(math.pi * passed / args.tmax_for_cos_decay)) / 2
+    """Linear warm-up, and half a cosine from --lr to 0 over --tmax-for-cos-decay epochs.
+
+    After them it stays at 0. step: how many of the epoch's `steps` are done.
+    """
+    epochs_done = epoch - 1 + step / steps
+    progress = min(epochs_done, args.tmax_for_cos_decay) / args.tmax_for_cos_decay
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+
+    # A warm start begins at --cont-epoch, and warms up there.
+    run_step = (epoch - args.cont_epoch) * steps + step
+    warm_up = min(1.0, (run_step + 1) / max(1, args.warmup_steps))
+    return args.lr * warm_up * cosine
 
 
 @torch.no_grad()
-def validate(run, draws, epoch):
-    """(loss, share of hits) of the validation images, None without any; running statistics for whole images."""
-    if rh.RANKS > 1:
-        for buffer in run.model.buffers():  # each rank has those of its own shares
+def validate(trainer, uniforms, epoch):
+    """(loss, pretext accuracy) of the validation images, or (None, None) without any."""
+    if RANKS > 1:
+        # Each rank has the running statistics of its own shares: rank 0's are kept.
+        for buffer in trainer.model.buffers():
             distributed.broadcast(buffer, 0)
-    index = torch.arange(run.train_count, len(run.images), device=run.device)
-    if not len(index):
+    count = len(trainer.images) - trainer.train_count
+    if count == 0:
         return None, None
-    sums = torch.zeros(2, device=run.device)
-    run.model.eval()
-    for step, batch in enumerate(index.split(run.args.batch_size)):
-        image_vectors, losses, hits = run.losses(batch, draws, epoch, run.epoch_steps + step)
-        run.bank.update(batch, image_vectors)
-        sums += run.sums(losses, hits)
-    return (sums.cpu().double() / len(index)).tolist()
 
-
-def neighbours(run, labelled):
-    """Nearest-neighbour accuracy of 16 % of the labelled training images among the others. No test image is read."""
-    images, labels, search, query = labelled
-    features = models.trunk_features(run.plain_trunk(), images, run.args.batch_size)
-    return models.neighbour_accuracy(features[search], labels[search], features[query], labels[query])
-
-
-# ---- The run's beginning, its record and its end ---------------------------------------------------------------------
-def settle(args, device, checkpoint):
-    """Fill in the arguments that depend on others or on the machine."""
-    args.precision = rh.choose_precision(args, device)
-    args.cont_epoch = args.cont_epoch or 1
-    if checkpoint and args.epochs > args.tmax_for_cos_decay:
-        longer = f"--tmax-for-cos-decay {args.epochs} would make it a cosine of {args.epochs} epochs"
-        print(f"note: the learning rate is 0 from the end of epoch {args.tmax_for_cos_decay} on; {longer}")
-    args.tmax_for_cos_decay = args.tmax_for_cos_decay or args.epochs
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        raise rh.UserError("--compile needs a C++ compiler, and none was found: install g++, or leave --compile out")
-
-
-def check(args, train_count):
-    """Refuse numbers that do not go with the number of images or of ranks."""
-    size, negatives, ranks = args.batch_size, args.count_negatives or 0, rh.RANKS
-    if train_count < 3:
-        raise rh.UserError(f"{train_count} training images are too few: add images")
-    if ranks > 1 and (size % ranks or size < 2 * ranks):
-        raise rh.UserError(f"--batch-size {size} does not give {ranks} ranks two images or more each: use a multiple")
-    if size > train_count:
-        raise rh.UserError(f"--batch-size {size} is more than the {train_count} training images: choose a smaller one")
-    if negatives > train_count - 1:
-        raise rh.UserError(f"--count-negatives {negatives} is more than the {train_count - 1} other images: lower it")
-
-
-def warm_start(run, progress, experiment):
-    """Start from a file of weights, at --cont-epoch. Under the run's own name its record is continued."""
-    args = run.args
-    path, weights = models.read_weights(args.pirl_model_name or experiment.model_file, args.weights_dir)
-    models.load_weights(dict(run.model.named_children()), weights, path)
-    progress.epoch = args.cont_epoch
-    if not args.pirl_model_name:
-        progress.rows = [row for row in weights.get("rows", []) if row["epoch"] < progress.epoch]
+    trainer.model.eval()
+    first = trainer.train_count
+    index = torch.arange(first, first + count, device=trainer.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+    for number, batch in enumerate(index.split(trainer.args.batch_size)):
+        # Counted on from the epoch's steps, for negatives of their own.
+        step = trainer.steps_per_epoch + number
+        forward = trainer.forward_batch(batch, uniforms, epoch, step)
+        image_vectors, losses, correct = forward
+        trainer.bank.update(batch, image_vectors)
+        totals += batch_totals(losses, correct)
+    loss, accuracy = (totals / count).tolist()
+    return loss, accuracy
 
 
 def load_monitor(args, device):
-    """(images, labels, search, query) of the labelled training images; None, and a note, if they cannot be used."""
+    """What the kNN monitor needs: (images, labels, search, query), or None and a note.
+
+    The labelled training images, split as for fine-tuning: kNN among `search` classifies
+    `query`. No test image is read.
+    """
     folder = args.data_dir / "train"
     try:
-        images, labels, *_ = dh.load_labelled(folder, args.image_size, device)
-        return images, labels, *dh.stratified_split(labels, args.seed, folder)
-    except rh.UserError as error:
+        labelled = dataset_helpers.load_labelled(folder, args.image_size, device)
+        images, labels, *_ = labelled
+        split = dataset_helpers.stratified_split(labels, args.seed, folder)
+    except UserError as error:
         print(f"note: no nearest-neighbour accuracy will be measured: {error}")
+        return None
+    search, query = split
+    return images, labels, search, query
 
 
-def announce(run, progress):
+def monitor_accuracy(trainer, labelled):
+    """kNN accuracy by the trunk as it would be exported now."""
+    images, labels, search, query = labelled
+    trunk = trainer.exported_trunk()
+    features = evaluation.trunk_features(trunk, images, trainer.args.batch_size)
+    return evaluation.knn_accuracy(
+        features[search], labels[search], features[query], labels[query]
+    )
+
+
+# ---- The beginning and the end of a run ----------------------------------------------
+def check_flags(parser, args):
+    """Refuse flags that do not go together."""
+    first_epoch = args.cont_epoch or 1
+    if not args.warm_start and (args.pirl_model_name or first_epoch > 1):
+        parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
+    if first_epoch > args.epochs:
+        last = f"the last epoch, --epochs {args.epochs}"
+        parser.error(f"--cont-epoch {first_epoch} is after {last}")
+
+
+def resolve_defaults(args, device):
+    """Fill in the arguments that depend on others or on the machine."""
+    args.cont_epoch = args.cont_epoch or 1
+    args.precision = choose_precision(args, device)
+    if args.tmax_for_cos_decay is None:
+        args.tmax_for_cos_decay = args.epochs
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if args.compile and not any(shutil.which(name) for name in compilers):
+        advice = "install g++, or leave --compile out"
+        raise UserError(f"--compile needs a C++ compiler, and none was found: {advice}")
+
+
+def validate_args(args, train_count):
+    """Refuse numbers that do not go with the number of images or of ranks."""
+    size = args.batch_size
+    if train_count < 3:
+        raise UserError(f"{train_count} training images are too few: add images")
+    if RANKS > 1 and (size % RANKS or size < 2 * RANKS):
+        # Batch norm has no statistics of a single image.
+        problem = f"--batch-size {size} does not give {RANKS} ranks two images or more"
+        raise UserError(f"{problem} each: use a multiple")
+    if size > train_count:
+        problem = f"--batch-size {size} is more than the {train_count} training images"
+        raise UserError(f"{problem}: choose a smaller one")
+    others = train_count - 1
+    if args.count_negatives and args.count_negatives > others:
+        problem = f"--count-negatives {args.count_negatives} is more than the {others}"
+        raise UserError(f"{problem} other images: lower it")
+
+
+def warm_start(trainer, state, experiment):
+    """Start from a file of weights, at --cont-epoch.
+
+    Under the run's own name its record is continued.
+    """
+    args = trainer.args
+    name = args.pirl_model_name or str(experiment.model_file)
+    path, weights = read_weights(name, args.weights_dir)
+    modules = dict(trainer.model.named_children())
+    load_weights(modules, weights, path)
+
+    state.epoch = args.cont_epoch
+    if not args.pirl_model_name:
+        history = weights.get("history", [])
+        state.history = [row for row in history if row["epoch"] < state.epoch]
+
+
+def print_summary(trainer, state):
     """Say what is about to be done."""
-    args, device, ranks = run.args, run.device.type, f", {rh.RANKS} ranks" if rh.RANKS > 1 else ""
-    side, spare = args.image_size, len(run.images) - run.train_count
-    all_others = " (all other training images)" if run.negatives == run.train_count - 1 else ""
-    epochs = f"epochs {progress.epoch} to {args.epochs}" if progress.epoch <= args.epochs else "all epochs are done"
-    print(f"{args.experiment_name}: PIRL, {args.model_type}, {device}, {args.precision}, seed {args.seed}{ranks}")
-    print(f"  {run.train_count} training images of {side} × {side} pixels, {spare} for validation")
-    print(f"  {run.epoch_steps} steps of {args.batch_size} per epoch, {epochs}")
-    print(f"  {run.negatives} negatives{all_others}, loss {args.loss}, --positive {args.positive}", flush=True)
+    args = trainer.args
+    where = f"{trainer.device.type}, {args.precision}, seed {args.seed}"
+    if RANKS > 1:
+        where += f", {RANKS} ranks"
+    side = args.image_size
+    to_validate = len(trainer.images) - trainer.train_count
+    epochs = f"epochs {state.epoch} to {args.epochs}"
+    if state.epoch > args.epochs:
+        epochs = "all epochs are done"
+    negatives = f"{trainer.negatives} negatives"
+    if trainer.negatives == trainer.train_count - 1:
+        negatives += " (all other training images)"
+
+    print(f"{args.experiment_name}: PIRL, {args.model_type}, {where}")
+    print(
+        f"  {trainer.train_count} training images of {side} × {side} pixels,"
+        f" {to_validate} for validation"
+    )
+    print(f"  {trainer.steps_per_epoch} steps of {args.batch_size} per epoch, {epochs}")
+    print(f"  {negatives}, loss {args.loss}, --positive {args.positive}", flush=True)
+    if args.epochs > args.tmax_for_cos_decay:
+        last = args.tmax_for_cos_decay
+        advice = f"--tmax-for-cos-decay {args.epochs} would make it a cosine of"
+        print(
+            f"note: the learning rate is 0 from the end of epoch {last} on; {advice}"
+            f" {args.epochs} epochs",
+            flush=True,
+        )
 
 
-def report(row, epochs, writer):
+def log_epoch(metrics, epochs, writer):
     """The epoch's line on the screen, and its numbers in TensorBoard's log."""
-    texts = {"train_loss": "loss {:.4f}", "train_acc": "pretext {:.2%}", "val_loss": "validation loss {:.4f}"}
-    texts |= {"val_acc": "pretext {:.2%}", "knn_acc": "kNN {:.1%}", "images_per_second": "{:.1f} images/s"}
-    line = ", ".join(text.format(row[name]) for name, text in texts.items() if row[name] is not None)
-    print(f"epoch {row['epoch']}/{epochs}: {line}", flush=True)
-    for name, value in row.items() if writer else ():
-        if value is not None:
-            writer.add_scalar(name, value, row["epoch"])
-            writer.flush()
+    formats = {
+        "train_loss": "loss {:.4f}",
+        "train_acc": "pretext {:.2%}",
+        "val_loss": "validation loss {:.4f}",
+        "val_acc": "pretext {:.2%}",
+        "knn_acc": "kNN {:.1%}",
+        "images_per_second": "{:.1f} images/s",
+    }
+    texts = []
+    for name, text in formats.items():
+        if metrics[name] is not None:
+            texts.append(text.format(metrics[name]))
+    print(f"epoch {metrics['epoch']}/{epochs}: {', '.join(texts)}", flush=True)
+
+    if writer is not None:
+        for name, value in metrics.items():
+            if value is not None:
+                writer.add_scalar(name, value, metrics["epoch"])
+        writer.flush()
 
 
 def tensorboard_writer(experiment, epoch):
-    """Scalars under the CSV's names; what an interrupted run wrote from this epoch on is hidden."""
+    """Scalars under the CSV's names. What an interrupted run wrote from `epoch` on is
+    hidden.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise rh.UserError("--tensorboard needs a package that is missing: pip install tensorboard") from None
-    return SummaryWriter(experiment.observations.with_name(f"{experiment.name}_tensorboard"), purge_step=epoch)
+        problem = "--tensorboard needs a package that is missing"
+        raise UserError(f"{problem}: pip install tensorboard") from None
+    return SummaryWriter(experiment.observation("tensorboard"), purge_step=epoch)
 
 
-def export(run, progress, experiment):
-    """<experiment>.pt: the trunk under torchvision's names, the heads, and how they came about."""
-    if rh.RANK == 0:
-        parts = {"trunk": run.plain_trunk(), "head_f": run.model.head_f, "head_g": run.model.head_g}
-        experiment.export(parts, progress, images=run.train_count, pixel_mean=dh.MEAN, pixel_std=dh.STD)
-        print(f"wrote {experiment.model_file}, {experiment.checkpoint_file} and {experiment.observations}")
+def export(trainer, state, experiment):
+    """<experiment>.pt: the trunk under torchvision's names, the heads, how they came."""
+    if RANK > 0:
+        return
+    parts = {
+        "trunk": trainer.exported_trunk(),
+        "head_f": trainer.model.head_f,
+        "head_g": trainer.model.head_g,
+    }
+    experiment.export(
+        trainer.args,
+        parts,
+        state,
+        images=trainer.train_count,
+        pixel_mean=augmentations.PIXEL_MEAN,
+        pixel_std=augmentations.PIXEL_STD,
+    )
+    files = f"{experiment.model_file}, {experiment.checkpoint_file}"
+    print(f"wrote {files} and {experiment.history_file}", flush=True)
 
 
 if __name__ == "__main__":
-    rh.run_script(main)
+    run_script(main)

@@ -1,352 +1,687 @@
-"""Train on labelled images after pretraining: the softmax layer alone, then the whole network; print the table.
+"""Train on labelled images after pretraining: the softmax layer, then the whole network.
 
-python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 --full-fine-tune True --pirl-model-name exp
+python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 --full-fine-tune True \
+    --pirl-model-name exp
 
-Without --pirl-model-name the trunk starts at random: the baseline that shows what pretraining brought.
+Without --pirl-model-name the trunk starts at random: the baseline.
 """
 
-import functools
 import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import run_helpers as rh
-import filelock
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import dataset_helpers as dh
+import augmentations
+import dataset_helpers
+import evaluation
 import models
-from pictures import confusion_picture, neighbour_picture, save_picture
+from checkpoints import (
+    CHANGEABLE,
+    Experiment,
+    TrainingState,
+    atomic_write,
+    cpu_state_dict,
+    explain_mismatch,
+    load_weights,
+    read_weights,
+)
+from pictures import (
+    confusion_picture,
+    neighbour_picture,
+    save_picture,
+    write_confusion_csv,
+)
+from progress import LoopControl, progress_bar
+from run_helpers import (
+    INITIAL_WEIGHTS,
+    ORDER,
+    RANKS,
+    VIEWS,
+    Parser,
+    UserError,
+    add_run_arguments,
+    autocast,
+    bool_flag,
+    bounded,
+    choose_device,
+    choose_precision,
+    derived_seed,
+    file_path,
+    make_generator,
+    non_empty,
+    run_script,
+)
 
-FEATURE_SPREAD = 0.25  # standard deviation; with it --lr 0.01 and 0.1 reach the same accuracy, with 1 they do not
-HEADER = "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n--- | --- | ---\n"
-ROWS = {  # of the table, by their names in our files
+# Features are brought to this standard deviation: with it, --lr 0.01 and 0.1 reach the
+# same accuracy, which they do not with 1.
+FEATURE_STD = 0.25
+MOMENTUM = 0.9
+SHOWN_NEIGHBOURS = 5
+
+TABLE_HEADER = (
+    "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n"
+    "--- | --- | ---\n"
+)
+# The rows of the table, by the names of the results in our files.
+TABLE_ROWS = {
     "softmax": "Only softmax layer is fine tuned",
     "full": "Full model is fine tuned",
-    "neighbours": "Nothing is trained, nearest neighbours",
+    "neighbours": "Nothing is trained, kNN",
     "folds": "Only softmax layer is fine tuned, predefined folds",
 }
-SHOWN_NEIGHBOURS = 5
-# What a resumed run may change, also before its full stage has begun; and what it keeps from its checkpoint.
-MAY_DIFFER = rh.MAY_DIFFER | {"full_fine_tune", "neighbours"}
-BEFORE_FULL = {"full_lr", "full_epochs"}
-KEPT = ("precision",)
 
 
-def parse_args(argv=None):
-    parser = rh.Parser(__doc__.split("\n")[0])
-    rh.add_run_arguments(parser, experiment="e1_pirl_sup_")
-    switch, number = rh.switch, rh.between
+def make_parser():
+    parser = Parser("Train a softmax layer, then the whole network, on labelled images.")
+    add_run_arguments(parser, experiment="e1_pirl_sup_")
+    # fmt: off
     add = parser.add_argument_group("network").add_argument
-    add("--model-type", choices=[*models.TRUNKS], default="res18", help="the trunk: ResNet-18, -34 or -50")
-    add("--pirl-model-name", help="a file of weights, or a name in the weights folder; None is a random trunk")
-    add("--stem", choices=["imagenet", "small"], help="the first convolution; None is that of the weights, or imagenet")
-    add("--zero-init", **switch(True), help="whether every residual block of a random trunk starts as its shortcut")
-    add("--image-size", type=number(int, 36, 224), default=96, help="the side of the images in pixels, once read")
+    add("--model-type", choices=[*models.TRUNKS], default="res18",
+        help="the trunk: ResNet-18, -34 or -50")
+    add("--pirl-model-name", type=non_empty,
+        help="a file of weights, or a name in the weights folder; without it, the trunk"
+             " starts at random")
+    add("--stem", choices=["imagenet", "small"],
+        help="the first convolution; defaults to the checkpoint's, or to imagenet")
+    add("--zero-init", **bool_flag(True),
+        help="whether every residual block of a random trunk starts as the identity")
+    add("--image-size", type=bounded(int, 36, 224), default=96,
+        help="images are resized and cropped to this side length in pixels")
+
     add = parser.add_argument_group("training").add_argument
-    add("--full-fine-tune", **switch(False), help="whether to train the whole network after the softmax layer")
-    add("--batch-size", type=number(int, 1), default=128, help="images per step")
-    add("--epochs", type=number(int, 1), default=100, help="passes over the training images, in each stage")
-    add("--full-epochs", type=number(int, 1), help="the same for the full stage; None is --epochs")
-    add("--lr", type=number(float, 0, 100), default=0.01, help="learning rate of the softmax stage (SGD, momentum 0.9)")
-    add("--full-lr", type=number(float, 0, 100), default=0.03, help="learning rate of the full stage")
-    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="weight decay of all weights that are trained")
-    add("--patience-for-lr-decay", type=number(int, 0), default=10, help="epochs without lower loss until lr / 10")
+    add("--full-fine-tune", **bool_flag(False),
+        help="whether to train the whole network after the softmax layer")
+    add("--batch-size", type=bounded(int, 1), default=128,
+        help="images per step")
+    add("--epochs", type=bounded(int, 1), default=100,
+        help="passes over the training images, in each stage")
+    add("--full-epochs", type=bounded(int, 1),
+        help="the same for the full stage; defaults to --epochs")
+    add("--lr", type=bounded(float, 0, 100), default=0.01,
+        help="learning rate of the softmax stage (SGD, momentum 0.9)")
+    add("--full-lr", type=bounded(float, 0, 100), default=0.03,
+        help="learning rate of the full stage")
+    add("--weight-decay", type=bounded(float, 0, 1), default=5e-4,
+        help="weight decay of all weights that are trained")
+    add("--patience-for-lr-decay", type=bounded(int, 0), default=10,
+        help="epochs without improvement before the learning rate is divided by 10")
+
     add = parser.add_argument_group("results").add_argument
-    add("--folds", **switch(False), help="whether to train the softmax layer on each fold of fold_indices.txt too")
-    add("--neighbours", type=Path, help="a picture to write: test images with the nearest training images")
+    add("--folds", **bool_flag(False),
+        help="whether to train the softmax layer on each fold of fold_indices.txt too")
+    add("--neighbours", type=file_path,
+        help="a picture to write: test images with the nearest training images")
+    # fmt: on
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
+    if RANKS > 1:
+        advice = "start it without torchrun"
+        raise UserError(f"fine-tuning is small and runs on one process: {advice}")
     if args.neighbours and (args.neighbours.name in ("", "..") or args.neighbours.is_dir()):
         parser.error(f"argument --neighbours: '{args.neighbours}' names no file")
-    return args
 
-
-def main():
-    args = parse_args()
-    if rh.RANKS > 1:
-        raise rh.UserError("fine-tuning is small and runs on one process: start it without torchrun")
-    device = rh.choose_device(args)
-    path, weights = models.read_weights(args.pirl_model_name, args.weights_dir) if args.pirl_model_name else (None, {})
-    args.stem = args.stem or weights.get("settings", {}).get("stem", "imagenet")
-    experiment = rh.Experiment(args, "labelled checkpoint")
-    checkpoint = experiment.start(lambda c: MAY_DIFFER | (set() if c["run"]["begun"] else BEFORE_FULL), KEPT)
-    args.precision = rh.choose_precision(args, device)
-    run = FineTuning(args, device, path, weights)
-    progress = rh.Progress(experiment, run, len(run.train), "whole network, epoch", "lower --full-lr")
-    save = functools.partial(experiment.save, run.checksum, run, progress, classes=run.classes)
+    experiment = Experiment(args, "labelled checkpoint")
+    checkpoint = experiment.open_checkpoint(args.resume)
     if checkpoint:
-        experiment.load(checkpoint, run.checksum, run, progress)
-    if run.begun and "full" not in run.results and not args.full_fine_tune:
-        raise rh.UserError(f"{experiment.checkpoint_file} is from within the full stage: add --full-fine-tune True")
-    full_epochs = (args.full_epochs or args.epochs) if args.full_fine_tune else 0
-    tests = 0 if run.test_images is None else len(run.test_images)
-    print(f"{args.experiment_name}: {args.model_type}, {run.trunk_name}")
-    print(f"  {device.type}, {args.precision}, seed {args.seed}, {len(run.classes)} classes in {args.data_dir}")
-    print(f"  {len(run.train)} images of {args.image_size} pixels, {len(run.validation)} to validate, {tests} to test")
-    print(f"  epochs: {args.epochs} for the softmax layer, {full_epochs or 'none'} for the whole network", flush=True)
-    if "softmax" not in run.results:
-        progress.rows += train_softmax_layer(run)
+        changeable = CHANGEABLE | {"full_fine_tune"}
+        with explain_mismatch(experiment.checkpoint_file, "use another copy"):
+            if not checkpoint["full_stage_begun"]:
+                changeable |= {"full_lr", "full_epochs"}
+        args = experiment.restore_settings(parser, argv, checkpoint, changeable)
+
+    device = choose_device(args)
+    args.precision = choose_precision(args, device)
+    path = None
+    weights = {}
+    if args.pirl_model_name:
+        path, weights = read_weights(args.pirl_model_name, args.weights_dir)
+    if args.stem is None:
+        args.stem = weights.get("settings", {}).get("stem", "imagenet")
+    trainer = FineTuning(args, device, path, weights)
+    state = TrainingState(torch.zeros(2, dtype=torch.float64, device=device))
+
+    def save():
+        experiment.save_checkpoint(args, trainer.checksum, trainer, state)
+
+    title = "whole network, epoch"
+    loop = LoopControl(trainer, state, experiment, save, title, "lower --full-lr")
+    if checkpoint:
+        experiment.restore(checkpoint, trainer.checksum, trainer, state)
+        loop.has_checkpoint = True
+    half_done = trainer.full_stage_begun and "full" not in trainer.results
+    if half_done and not args.full_fine_tune:
+        problem = f"{experiment.checkpoint_file} is from within the full stage"
+        raise UserError(f"{problem}: add --full-fine-tune True")
+    full_epochs = 0
+    if args.full_fine_tune:
+        full_epochs = args.full_epochs or args.epochs
+    print_summary(trainer, full_epochs)
+
+    if "softmax" not in trainer.results:
+        state.history = train_softmax_layer(trainer)
         save()
-        experiment.write_rows(progress.rows)
-    while progress.epoch <= full_epochs:
-        epoch = progress.epoch
-        order, _ = epoch_order(run.train, 1, args.seed, epoch)
-        draws = dh.uniform_draws(len(run.images), dh.LABELLED_VIEW_DRAWS, args.seed, rh.VIEWS, epoch, device=device)
-        for index in progress.steps(order.split(args.batch_size), save):
-            progress.sums[progress.step] = run.step(index, draws)
-        row = {"stage": "full", **progress.row(run.validate(), run.optimizer)}
-        run.schedule.step(row["val_loss"])
-        if row["val_acc"] > run.best["val_acc"]:
-            run.best = {"val_acc": row["val_acc"], "epoch": epoch, "model": rh.cpu_state(run.model)}
-        progress.finish_epoch(row)
-        text = "loss {train_loss:.4f}, accuracy {train_acc:.2%}, validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
-        print(f"whole network, epoch {epoch}/{full_epochs}: {text.format(**row)}", flush=True)
-    if args.full_fine_tune and "full" not in run.results:
-        run.use_best(progress.rows)
-        save()
-    report(run, progress, experiment)
+        loop.has_checkpoint = True
+        experiment.write_history(state.history)
+
+    with loop:
+        while state.epoch <= full_epochs:
+            epoch = state.epoch
+            uniforms = trainer.epoch_uniforms(epoch)
+            batches = trainer.epoch_batches(epoch)
+
+            loop.begin_epoch()
+            for index in batches[state.step :]:
+                totals = trainer.train_step(index, uniforms)
+                # Saves a checkpoint if one is due; on a signal, the process ends here.
+                loop.after_step(totals)
+            train_loss, train_accuracy = loop.end_epoch()
+
+            val_loss, val_accuracy = trainer.validate()
+            metrics = {
+                "stage": "full",
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "train_acc": train_accuracy,
+                "val_acc": val_accuracy,
+                "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+                "images_per_second": round(trainer.train_count / state.seconds, 1),
+            }
+            trainer.schedule.step(val_loss)
+            trainer.keep_best(epoch, val_accuracy)
+            trainer.seconds["full"] = trainer.seconds.get("full", 0) + state.seconds
+            state.finish_epoch(metrics)
+            experiment.write_history(state.history)
+            print(
+                f"whole network, epoch {epoch}/{full_epochs}: loss {train_loss:.4f},"
+                f" accuracy {train_accuracy:.2%}, validation loss {val_loss:.4f},"
+                f" accuracy {val_accuracy:.2%}",
+                flush=True,
+            )
+            # A signal that came during validation ends the process here.
+            loop.after_epoch()
+
+        if args.full_fine_tune and "full" not in trainer.results:
+            trainer.use_best_epoch()
+            save()
+        write_results(trainer, state, experiment)
+        loop.after_export()
 
 
 class FineTuning:
-    """The labelled images on the device, the network, its optimiser and schedule, and the results so far."""
+    """The labelled images, the network, its optimiser and schedule, the results so far."""
 
     def __init__(self, args, device, path, weights):
-        """weights: what models.read_weights() found in the file `path`, or {} for a random trunk."""
-        self.args, self.device = args, device
-        torch.manual_seed(rh.derived_seed(args.seed, rh.INITIAL_WEIGHTS))
-        trunk, dimension = models.make_trunk(args.model_type, args.stem, args.zero_init)
-        if weights:
-            models.load_weights({"trunk": trunk}, weights, path)
-            if (size := weights["settings"].get("image_size", args.image_size)) != args.image_size:
-                print(f"note: {path} was pretrained with --image-size {size}")
-        kind = "PIRL" if weights.get("settings") else "torchvision"
-        self.trunk_name = f"{kind} trunk ({path})" if weights else "random trunk"
+        """weights: what read_weights() found in the file `path`; {}: a random trunk."""
+        self.args = args
+        self.device = device
+        trunk, dimension, self.trunk_name = make_start_trunk(args, path, weights)
+
+        # The images: to train, to validate and, where there are any, to test.
         folder = args.data_dir / "train"
-        self.images, self.labels, classes, self.checksum = dh.load_labelled(folder, args.image_size, device)
-        self.test_images, self.test_labels, test = None, None, args.data_dir / "test"
-        if test.is_dir():
-            test = dh.load_labelled(test, args.image_size, device, classes)
-            self.test_images, self.test_labels, self.checksum = *test[:2], self.checksum + test[3]
-        self.train, self.validation = dh.stratified_split(self.labels, args.seed, folder)
-        if args.batch_size > len(self.train):
-            raise rh.UserError(f"--batch-size {args.batch_size} is more than the {len(self.train)} images: lower it")
-        self.classes = dh.class_names(args.data_dir, classes)
-        self.folds = read_folds(args.data_dir, len(self.images), device) if args.folds else []
-        self.model = models.classifier(trunk, dimension, len(classes)).to(device, memory_format=torch.channels_last)
-        if not weights or path.suffix == ".ckpt":  # a finished one comes with the statistics of whole images
-            self.model.trunk = models.plain_statistics(self.model.trunk, self.images[self.train], args.batch_size)
-        rates = {"lr": args.full_lr, "momentum": 0.9, "weight_decay": args.weight_decay}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), **rates, fused=True)
-        self.schedule = ReduceLROnPlateau(self.optimizer, patience=args.patience_for_lr_decay)
-        self.begun, self.best = False, {"val_acc": -1.0}  # of the full stage
-        self.results, self.seconds = {}, {}  # by the names of ROWS; results are (validation, test accuracy)
+        labelled = dataset_helpers.load_labelled(folder, args.image_size, device)
+        self.images, self.labels, classes, self.checksum = labelled
+        self.train, self.validation = dataset_helpers.stratified_split(
+            self.labels, args.seed, folder
+        )
+        self.train_count = len(self.train)
+        if args.batch_size > self.train_count:
+            problem = f"--batch-size {args.batch_size} is more than the"
+            raise UserError(f"{problem} {self.train_count} images: lower it")
+
+        self.test_images = None
+        self.test_labels = None
+        test_folder = args.data_dir / "test"
+        if test_folder.is_dir():
+            test = dataset_helpers.load_labelled(
+                test_folder, args.image_size, device, classes
+            )
+            self.test_images, self.test_labels, _, test_checksum = test
+            self.checksum += test_checksum
+        self.classes = dataset_helpers.class_names(args.data_dir, classes)
+        self.folds = []
+        if args.folds:
+            self.folds = read_folds(args.data_dir, len(self.images), device)
+
+        self.model = models.make_classifier(trunk, dimension, len(classes))
+        self.model.to(device, memory_format=torch.channels_last)
+        if not weights or path.suffix == ".ckpt":
+            # A finished model comes with the statistics of plain images; these do not.
+            self.model.trunk = evaluation.with_plain_bn_statistics(
+                self.model.trunk, self.images[self.train], args.batch_size
+            )
+        self.view = augmentations.LabelledView().to(device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=args.full_lr,
+            momentum=MOMENTUM,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        self.schedule = ReduceLROnPlateau(
+            self.optimizer, patience=args.patience_for_lr_decay
+        )
+
+        self.full_stage_begun = False
+        self.best = {"val_acc": -1.0}  # the best epoch of the full stage
+        self.results = {}  # (validation, test accuracy) by the names of TABLE_ROWS
+        self.seconds = {}  # that each stage has taken
 
     def state_dict(self):
-        plain = {name: getattr(self, name) for name in ("begun", "best", "results", "seconds")}
-        return plain | {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        return {
+            "trunk": self.model.trunk.state_dict(),
+            "softmax_layer": self.model.softmax_layer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "full_stage_begun": self.full_stage_begun,
+            "best": self.best,
+            "results": self.results,
+            "seconds": self.seconds,
+            "classes": self.classes,
+        }
 
-    def load_state_dict(self, state):
-        self.begun, self.best, self.results, self.seconds = (state[n] for n in ("begun", "best", "results", "seconds"))
-        for name in ("model", "optimizer", "schedule") if self.begun else ("model",):
-            getattr(self, name).load_state_dict(state[name])
+    def load_state_dict(self, saved):
+        self.model.trunk.load_state_dict(saved["trunk"])
+        self.model.softmax_layer.load_state_dict(saved["softmax_layer"])
+        self.full_stage_begun = saved["full_stage_begun"]
+        if self.full_stage_begun:
+            # Until then, --full-lr may still be changed.
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+        self.best = saved["best"]
+        self.results = saved["results"]
+        self.seconds = saved["seconds"]
 
-    def step(self, index, draws):
-        """One step of the full stage on the training images `index` [B]. Returns [sum of losses, right answers]."""
-        self.begun = True
+    def epoch_batches(self, epoch):
+        """The training images in this epoch's order: a list of int64 [B] indices."""
+        order, _ = epoch_order(self.train, 1, self.args.seed, epoch)
+        return order.split(self.args.batch_size)
+
+    def epoch_uniforms(self, epoch):
+        """A row of random numbers in [0, 1) for the view of every image, [N, 7]."""
+        generator = make_generator(self.device, self.args.seed, VIEWS, epoch)
+        size = (len(self.images), augmentations.LABELLED_VIEW_UNIFORMS)
+        return torch.rand(size, generator=generator, device=self.device)
+
+    def train_step(self, index, uniforms):
+        """One step of the full stage on the training images `index` [B].
+
+        Returns [sum of the losses, number of correct answers], on the device.
+        """
+        self.full_stage_begun = True
         self.model.train()
-        view = dh.labelled_view(self.images.index_select(0, index).float(), draws[index])
-        with rh.autocast(self.device, self.args.precision):
+        images = self.images.index_select(0, index).float()
+        labels = self.labels[index]
+        view = self.view(images, uniforms[index])
+
+        with autocast(self.device, self.args.precision):
             logits = self.model(view)
-        loss = F.cross_entropy(logits.float(), self.labels[index])
+        loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return batch_sums(logits, self.labels[index], loss)
-
-    def features(self, images, flip=False):
-        """Features [N, d] of images uint8 [N, 3, S, S], by default as they are; None of None."""
-        return None if images is None else models.trunk_features(self.model.trunk, images, self.args.batch_size, flip)
-
-    @torch.no_grad()
-    def predictions(self, features):
-        """features [N, d] -> the classes int64 [N] by the softmax layer as it stands."""
-        return self.model.softmax_layer(features).argmax(1)
+        return batch_totals(logits, labels, loss)
 
     @torch.no_grad()
     def validate(self):
-        """(mean loss, accuracy) of the network in eval mode on the validation images as they are."""
-        labels = self.labels[self.validation]
-        logits = self.model.softmax_layer(self.features(self.images[self.validation]))
-        return (batch_sums(logits, labels, F.cross_entropy(logits, labels)) / len(labels)).tolist()
+        """(mean loss, accuracy) in eval mode on the plain validation images."""
+        features = self.features(self.images[self.validation])
+        return evaluate(
+            self.model.softmax_layer, features, self.labels[self.validation]
+        )
 
-    def use_best(self, rows):
+    def keep_best(self, epoch, val_accuracy):
+        """Keep the weights of the epoch with the best validation accuracy so far."""
+        if val_accuracy > self.best["val_acc"]:
+            self.best = {
+                "val_acc": val_accuracy,
+                "epoch": epoch,
+                "trunk": cpu_state_dict(self.model.trunk),
+                "softmax_layer": cpu_state_dict(self.model.softmax_layer),
+            }
+
+    def use_best_epoch(self):
         """End the full stage with the weights of its best epoch."""
-        self.model.load_state_dict(self.best["model"])
-        self.results["full"] = (self.best["val_acc"], self.test_accuracy(self.features(self.test_images)))
-        self.seconds["full"] = sum(len(self.train) / row["images_per_second"] for row in rows if row["stage"] == "full")
+        self.model.trunk.load_state_dict(self.best["trunk"])
+        self.model.softmax_layer.load_state_dict(self.best["softmax_layer"])
+        test_accuracy = None
+        if self.test_images is not None:
+            test_accuracy = self.accuracy(
+                self.features(self.test_images), self.test_labels
+            )
+        self.results["full"] = (self.best["val_acc"], test_accuracy)
 
-    def test_accuracy(self, features):
-        """Accuracy on the test images, given their features; None without test images."""
-        return None if features is None else (self.predictions(features) == self.test_labels).float().mean().item()
+    def features(self, images, flip=False):
+        """Features [N, d] of images uint8 [N, 3, S, S]; flip: mirrored."""
+        trunk = self.model.trunk
+        return evaluation.trunk_features(trunk, images, self.args.batch_size, flip)
+
+    @torch.no_grad()
+    def predictions(self, features):
+        """features [N, d] -> classes int64 [N], by the softmax layer as it is now."""
+        return self.model.softmax_layer(features).argmax(1)
+
+    def accuracy(self, features, labels):
+        return (self.predictions(features) == labels).float().mean().item()
+
+
+def make_start_trunk(args, path, weights):
+    """(trunk, its output dimension, what to call it): pretrained, or from the seed."""
+    torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
+    trunk, dimension = models.make_trunk(args.model_type, args.stem, args.zero_init)
+    if not weights:
+        return trunk, dimension, "random trunk"
+
+    load_weights({"trunk": trunk}, weights, path)
+    settings = weights["settings"]
+    pretrained_size = settings.get("image_size", args.image_size)
+    if pretrained_size != args.image_size:
+        print(f"note: {path} was pretrained with --image-size {pretrained_size}")
+    origin = "PIRL" if settings else "torchvision"
+    return trunk, dimension, f"{origin} trunk ({path})"
 
 
 def read_folds(data_dir, count, device):
-    """The lines of fold_indices.txt: indices of training images, int64 each."""
+    """The lines of fold_indices.txt: int64 indices of training images, a fold each."""
     path = data_dir / "fold_indices.txt"
-    with rh.fitting(path, f"it must list images, from 0 to {count - 1}, a fold per line; or leave --folds out"):
-        folds = [torch.tensor(list(map(int, line.split()))) for line in path.read_text().splitlines() if line.strip()]
-        if not folds or any(fold.min() < 0 or fold.max() >= count for fold in folds):
+    images = f"it must list images, from 0 to {count - 1}, a fold per line"
+    with explain_mismatch(path, f"{images}; or leave --folds out"):
+        folds = []
+        for line in path.read_text().splitlines():
+            if line.strip():
+                folds.append(torch.tensor([int(number) for number in line.split()]))
+        if not folds:
+            raise ValueError("it is empty")
+        if any(fold.min() < 0 or fold.max() >= count for fold in folds):
             raise ValueError("an index out of range")
-        return [fold.to(device) for fold in folds]
+    return [fold.to(device) for fold in folds]
 
 
-# ---- Only the softmax layer, on features that are computed once ------------------------------------------------------
-def train_softmax_layer(run):
-    """Train it on the frozen trunk's features of each image and its mirror image. Returns the rows of the CSV.
+# ---- The softmax stage, on features that are computed once ---------------------------
+def train_softmax_layer(trainer):
+    """Train the softmax layer on the frozen trunk's features, and measure kNN with them.
 
-    The folds, and the nearest-neighbour accuracy of the same features, come with it.
+    Returns the metrics of the epochs.
     """
     started = time.monotonic()
-    features = torch.stack([run.features(run.images, flip) for flip in (False, True)])  # [2, N, d]
-    test = run.features(run.test_images)
-    known = features[0, run.train], run.labels[run.train]
-    run.results["neighbours"] = (
-        models.neighbour_accuracy(*known, features[0, run.validation], run.labels[run.validation]),
-        None if test is None else models.neighbour_accuracy(*known, test, run.test_labels),
+    # Two views of an image: as it is, and mirrored.
+    features = torch.stack(
+        [
+            trainer.features(trainer.images),
+            trainer.features(trainer.images, flip=True),
+        ]
+    )  # [2, N, d]
+    labels = trainer.labels
+    test_features = None
+    if trainer.test_images is not None:
+        test_features = trainer.features(trainer.test_images)
+
+    known_features = features[0, trainer.train]
+    known_labels = labels[trainer.train]
+    val_accuracy = evaluation.knn_accuracy(
+        known_features,
+        known_labels,
+        features[0, trainer.validation],
+        labels[trainer.validation],
     )
-    results = []  # a fold's own images also decide on learning rate and epoch: no label beyond the fold's is used
-    for train, validation in [*((fold, fold) for fold in run.folds), (run.train, run.validation)]:
-        mean, scale = standardisation(features[:, train])
-        layer, accuracy, rows = fit_softmax_layer((features - mean) / scale, run.labels, train, validation, run.args)
-        fold_standardisation(layer, mean, scale, run.model.softmax_layer)
-        results.append((accuracy, run.test_accuracy(test)))
-    *folds, run.results["softmax"] = results
-    if folds:
-        run.results["folds"] = folds
-    print(f"softmax layer: accuracy {accuracy:.2%} on validation in the best of {run.args.epochs} epochs", flush=True)
-    run.seconds["softmax"] = time.monotonic() - started
-    return rows
+    test_accuracy = None
+    if test_features is not None:
+        test_accuracy = evaluation.knn_accuracy(
+            known_features, known_labels, test_features, trainer.test_labels
+        )
+    trainer.results["neighbours"] = (val_accuracy, test_accuracy)
 
+    def fit(train, validation):
+        layer, val_accuracy, history = fit_softmax_layer(
+            features, labels, train, validation, trainer.args
+        )
+        trainer.model.softmax_layer.load_state_dict(layer.state_dict())
+        test_accuracy = None
+        if test_features is not None:
+            test_accuracy = trainer.accuracy(test_features, trainer.test_labels)
+        return (val_accuracy, test_accuracy), history
 
-def standardisation(features):
-    """(mean [d], scale [d]) that bring features [..., d] to mean 0 and FEATURE_SPREAD: one --lr suits any trunk."""
-    flat = features.flatten(0, -2)
-    return flat.mean(0), flat.std(0).clamp(min=1e-5) / FEATURE_SPREAD
+    for fold in trainer.folds:
+        # A fold's own images also decide on learning rate and epoch, so that no label
+        # beyond the fold's is used.
+        result, _ = fit(fold, fold)
+        trainer.results.setdefault("folds", []).append(result)
 
-
-@torch.no_grad()
-def fold_standardisation(layer, mean, scale, target):
-    """Give `target` the weights by which it does on plain features what `layer` does on standardised ones."""
-    target.weight.copy_(layer.weight / scale)
-    target.bias.copy_(layer.bias - target.weight @ mean)
+    result, history = fit(trainer.train, trainer.validation)
+    trainer.results["softmax"] = result
+    trainer.seconds["softmax"] = time.monotonic() - started
+    epochs = trainer.args.epochs
+    print(
+        f"softmax layer: accuracy {result[0]:.2%} on validation in the best of"
+        f" {epochs} epochs",
+        flush=True,
+    )
+    return history
 
 
 def fit_softmax_layer(features, labels, train, validation, args):
-    """Logistic regression by SGD, from zero; the weights of the epoch with the best validation accuracy.
+    """Logistic regression by SGD, from zero; the epoch with the best validation accuracy.
 
-    features [V, N, d]: V views of all images, of which each epoch takes one per image; train and validation index N
-    (validation uses view 0). Returns (Linear, validation accuracy, rows of the CSV).
+    features [V, N, d]: V views of all images, of which each epoch takes one per image.
+    train and validation index N; validation uses view 0. Returns (a Linear for plain
+    features, its validation accuracy, the metrics of the epochs).
     """
-    layer = torch.nn.Linear(features.shape[2], int(labels.max()) + 1).to(features.device)
+    # Standardised features, so that one --lr suits any trunk.
+    known = features[:, train].flatten(0, 1)  # [V·n, d]
+    mean = known.mean(0)
+    scale = known.std(0).clamp(min=1e-5) / FEATURE_STD
+    features = (features - mean) / scale
+
+    layer = torch.nn.Linear(features.shape[2], int(labels.max()) + 1)
+    layer.to(features.device)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        layer.parameters(),
+        lr=args.lr,
+        momentum=MOMENTUM,
+        weight_decay=args.weight_decay,
+    )
     schedule = ReduceLROnPlateau(optimizer, patience=args.patience_for_lr_decay)
-    best, state, rows = -1.0, None, []
-    with rh.progress_bar(args.epochs, "softmax layer", " epochs") as bar:
+
+    best_accuracy = -1.0
+    best_weights = None
+    history = []
+    with progress_bar(args.epochs, "softmax layer", " epochs") as bar:
         for epoch in range(1, args.epochs + 1):
-            order, view = epoch_order(train, len(features), args.seed, epoch)
-            sums = torch.zeros(2, device=features.device)
-            for index, chosen in zip(order.split(args.batch_size), view.split(args.batch_size), strict=True):
-                logits = layer(features[chosen, index])
-                loss = F.cross_entropy(logits, labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                sums += batch_sums(logits, labels[index], loss)
-            with torch.no_grad():
-                logits = layer(features[0, validation])
-                loss = F.cross_entropy(logits, labels[validation])
-                means = torch.stack([sums / len(train), batch_sums(logits, labels[validation], loss) / len(validation)])
-            if not means.isfinite().all():
-                raise rh.UserError(f"the loss is not finite in epoch {epoch} of the softmax layer: lower --lr")
-            rows.append({"stage": "softmax", **rh.row_of(epoch, *means.tolist(), optimizer)})
-            schedule.step(rows[-1]["val_loss"])
-            if rows[-1]["val_acc"] > best:
-                best, state = rows[-1]["val_acc"], rh.cpu_state(layer)
+            order, views = epoch_order(train, len(features), args.seed, epoch)
+            train_loss, train_accuracy = train_epoch(
+                layer, optimizer, features, labels, order, views, args.batch_size
+            )
+            val_loss, val_accuracy = evaluate(
+                layer, features[0, validation], labels[validation]
+            )
+            metrics = {
+                "stage": "softmax",
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "train_acc": train_accuracy,
+                "val_acc": val_accuracy,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "images_per_second": None,
+            }
+            if not torch.tensor([train_loss, val_loss]).isfinite().all():
+                where = f"in epoch {epoch} of the softmax layer"
+                raise UserError(f"the loss is not finite {where}: lower --lr")
+            history.append(metrics)
+            schedule.step(val_loss)
+            if val_accuracy > best_accuracy:
+                best_accuracy = val_accuracy
+                best_weights = cpu_state_dict(layer)
             bar.update()
-    layer.load_state_dict(state)
-    return layer, best, rows
+
+    layer.load_state_dict(best_weights)
+    with torch.no_grad():
+        # What the layer does on standardised features, it shall do on plain ones.
+        layer.weight /= scale
+        layer.bias -= layer.weight @ mean
+    return layer, best_accuracy, history
+
+
+def train_epoch(layer, optimizer, features, labels, order, views, batch_size):
+    """One pass over the features [V, N, d] at (views, order); (mean loss, accuracy)."""
+    totals = torch.zeros(2, device=features.device)
+    batches = zip(order.split(batch_size), views.split(batch_size), strict=True)
+    for index, view in batches:
+        logits = layer(features[view, index])
+        loss = F.cross_entropy(logits, labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals += batch_totals(logits, labels[index], loss)
+    loss, accuracy = (totals / len(order)).tolist()
+    return loss, accuracy
+
+
+@torch.no_grad()
+def evaluate(layer, features, labels):
+    """(mean loss, accuracy) of a softmax layer on features [N, d] with labels [N]."""
+    logits = layer(features)
+    loss = F.cross_entropy(logits, labels)
+    totals = batch_totals(logits, labels, loss)
+    loss, accuracy = (totals / len(labels)).tolist()
+    return loss, accuracy
 
 
 def epoch_order(train, views, seed, epoch):
-    """(the training indices in this epoch's order, the view of each)."""
-    draw = rh.generator("cpu", seed, rh.ORDER, epoch)
-    order = torch.randperm(len(train), generator=draw)
-    view = torch.randint(views, (len(train),), generator=draw)
+    """(the training indices in this epoch's order, which of the views each gets)."""
+    generator = make_generator("cpu", seed, ORDER, epoch)
+    order = torch.randperm(len(train), generator=generator)
+    view = torch.randint(views, (len(train),), generator=generator)
     return train[order.to(train.device)], view.to(train.device)
 
 
-def batch_sums(logits, labels, loss):
-    """[sum of the losses, number of right answers] of a batch, on its device."""
-    return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+def batch_totals(logits, labels, loss):
+    """[sum of the losses, number of correct answers] of a batch, on its device."""
+    correct = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.detach() * len(labels), correct])
 
 
-# ---- The report ------------------------------------------------------------------------------------------------------
-def report(run, progress, experiment):
-    """Write <experiment>.pt and the pictures, print the table and append it to results.md."""
-    parts = {"trunk": run.model.trunk, "softmax_layer": run.model.softmax_layer}
-    more = {"classes": run.classes, "results": run.results, "seconds": run.seconds}
-    experiment.export(parts, progress, **more, pixel_mean=dh.MEAN, pixel_std=dh.STD)
-    images, labels = run.test_images, run.test_labels
+# ---- The beginning and the end of a run ----------------------------------------------
+def print_summary(trainer, full_epochs):
+    """Say what is about to be done."""
+    args = trainer.args
+    tests = 0 if trainer.test_images is None else len(trainer.test_images)
+    classes = f"{len(trainer.classes)} classes in {args.data_dir}"
+    side = args.image_size
+    counts = f"{len(trainer.validation)} to validate, {tests} to test"
+
+    print(f"{args.experiment_name}: {args.model_type}, {trainer.trunk_name}")
+    print(f"  {trainer.device.type}, {args.precision}, seed {args.seed}, {classes}")
+    print(f"  {trainer.train_count} images of {side} × {side} pixels, {counts}")
+    print(
+        f"  epochs: {args.epochs} for the softmax layer, {full_epochs or 'none'} for the"
+        " whole network",
+        flush=True,
+    )
+
+
+def write_results(trainer, state, experiment):
+    """Write <experiment>.pt, the tables and the pictures, and print the table."""
+    parts = {
+        "trunk": trainer.model.trunk,
+        "softmax_layer": trainer.model.softmax_layer,
+    }
+    experiment.export(
+        trainer.args,
+        parts,
+        state,
+        classes=trainer.classes,
+        results=trainer.results,
+        seconds=trainer.seconds,
+        pixel_mean=augmentations.PIXEL_MEAN,
+        pixel_std=augmentations.PIXEL_STD,
+    )
+
+    # What is confused with what, on test images where there are any.
+    images = trainer.test_images
+    labels = trainer.test_labels
     if images is None:
-        images, labels = run.images[run.validation], run.labels[run.validation]
-    confusion = experiment.observations.with_name(f"{experiment.name}_confusion.png")
-    save_picture(confusion_picture(labels, run.predictions(run.features(images)), run.classes), confusion)
-    table = f"{run.trunk_name}, images of {run.args.data_dir}:\n\n{HEADER}"
-    for name in filter(run.results.get, ROWS):
+        images = trainer.images[trainer.validation]
+        labels = trainer.labels[trainer.validation]
+    predictions = trainer.predictions(trainer.features(images))
+    confusion_file = experiment.observation("confusion.png")
+    picture = confusion_picture(labels, predictions, trainer.classes)
+    save_picture(picture, confusion_file)
+    csv_file = experiment.observation("confusion.csv")
+    write_confusion_csv(csv_file, labels, predictions, trainer.classes)
+
+    table = results_table(trainer)
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    results_file = experiment.observation("results.md")
+    with atomic_write(results_file, "w") as file:
+        file.write(f"## {experiment.name}\n\n{date} UTC: `{command}`\n\n{table}")
+
+    files = f"{experiment.model_file}, {experiment.history_file}, {confusion_file}"
+    print(f"\n{table}\nwrote {files}, {csv_file} and {results_file}", flush=True)
+    if trainer.args.neighbours:
+        draw_neighbours(trainer, images, labels)
+
+
+def results_table(trainer):
+    """The reference's table, with further rows of ours, in Markdown."""
+    table = f"{trainer.trunk_name}, images of {trainer.args.data_dir}:\n\n{TABLE_HEADER}"
+    for name, title in TABLE_ROWS.items():
+        if name not in trainer.results:
+            continue
+        result = trainer.results[name]
         if name == "folds":
-            tests = [test for _, test in run.results[name] if test is not None]
-            cells = ["none", spread(tests, unit="%") if tests else "none"]
+            # A fold's images also validate it, so its validation accuracy says nothing.
+            tests = [test for _, test in result if test is not None]
+            validation_cell = "none"
+            test_cell = spread(tests, unit="%") if tests else "none"
         else:
-            cells = ["none" if accuracy is None else f"{accuracy:.2%}" for accuracy in run.results[name]]
-        table += f"{ROWS[name]} | {' | '.join(cells)}\n"
-    results = run.args.observations_dir / "results.md"
-    add_to_results(results, experiment.name, table)
-    print(f"\n{table}\nwrote {experiment.model_file}, {experiment.observations}, {confusion} and {results}")
-    if run.args.neighbours:
-        draw_neighbours(run, images, labels)
+            validation, test = result
+            validation_cell = f"{validation:.2%}"
+            test_cell = "none" if test is None else f"{test:.2%}"
+        table += f"{title} | {validation_cell} | {test_cell}\n"
+    return table
 
 
 def spread(values, scale=100, unit=" %"):
     """mean ± standard deviation (of the sample), as text."""
-    deviation = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.2f}{deviation}{unit}"
+    text = f"{scale * statistics.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.2f}"
+    return text + unit
 
 
-def draw_neighbours(run, images, labels):
-    """The first image of every class with its nearest training images by the finished trunk, as a picture."""
-    shown = torch.tensor([(labels == label).nonzero()[0].item() for label in labels.unique()], device=run.device)
-    _, rows = models.nearest(run.features(run.images), run.features(images[shown]), SHOWN_NEIGHBOURS)
-    picture = neighbour_picture(images[shown], labels[shown], run.images[rows], run.labels[rows], run.classes)
-    save_picture(picture, run.args.neighbours)
-    print(f"wrote {run.args.neighbours}: images, and the nearest training images, in green if of the same class")
-
-
-def add_to_results(results, name, table):
-    """Add a run's table to results.md, unless it stands there already: a finished run may be resumed."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    with filelock.FileLock(results.with_name(".results.lock")):  # other runs write their tables here too
-        text = results.read_text("utf-8", "surrogateescape") if results.is_file() else ""
-        if f"## {name}\n" not in text or table not in text[text.rindex(f"## {name}\n") :]:
-            text += f"## {name}\n\n{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC: `{command}`\n\n{table}\n"
-            with rh.whole_file(results) as file:
-                file.write(text.encode("utf-8", "surrogateescape"))
+def draw_neighbours(trainer, images, labels):
+    """The first image of every class, with its nearest training images, as a picture."""
+    firsts = [(labels == label).nonzero()[0].item() for label in labels.unique()]
+    shown = torch.tensor(firsts, device=trainer.device)
+    _, nearest = evaluation.nearest_neighbours(
+        trainer.features(trainer.images),
+        trainer.features(images[shown]),
+        SHOWN_NEIGHBOURS,
+    )
+    picture = neighbour_picture(
+        images[shown],
+        labels[shown],
+        trainer.images[nearest],
+        trainer.labels[nearest],
+        trainer.classes,
+    )
+    save_picture(picture, trainer.args.neighbours)
+    what = "images, and the nearest training images, in green if of the same class"
+    print(f"wrote {trainer.args.neighbours}: {what}", flush=True)
 
 
 if __name__ == "__main__":
-    rh.run_script(main)
+    run_script(main)

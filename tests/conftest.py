@@ -10,21 +10,28 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import run_helpers as rh
 import numpy as np
 import pytest
 import torch
 import torchvision
 
-import dataset_helpers as dh
+import dataset_helpers
 import extract_features
 import models
-import pirl_stl_train_test as pirl
+import pictures
+import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
+from run_helpers import run_script
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {module.__name__: module for module in (stl10_data_load, pirl, train_stl_after_ssl, extract_features)}
+SCRIPTS = {
+    "stl10_data_load": stl10_data_load,
+    "pirl_stl_train_test": pirl_stl_train_test,
+    "train_stl_after_ssl": train_stl_after_ssl,
+    "extract_features": extract_features,
+    "pictures": pictures,
+}
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
 
 
@@ -35,7 +42,7 @@ class Outcome:
     err: str
 
     def is_one_line_error(self, *parts, status=1):
-        """Whether this is one line "error: what is wrong: what to do" that names each of `parts`."""
+        """Whether this is one line "error: what is wrong: what to do" with all parts."""
         lines = self.err.splitlines()
         assert self.status == status, (self.status, self.out, self.err)
         assert len(lines) == 1, self.err
@@ -48,22 +55,27 @@ class Outcome:
 
 @pytest.fixture
 def call(monkeypatch):
-    """call(script, *arguments) runs a script's main in this process, as the shell would see it."""
+    """call(script, *arguments) runs a script in this process, as a shell would see it."""
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        out, err, status = io.StringIO(), io.StringIO(), 0
+        signals = (signal.SIGTERM, signal.SIGINT)
+        handlers = {number: signal.getsignal(number) for number in signals}
+        out = io.StringIO()
+        err = io.StringIO()
+        status = 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                rh.run_script(SCRIPTS[script].main)
+                run_script(SCRIPTS[script].main)
         except SystemExit as end:
             status = end.code or 0
-            if isinstance(status, str):  # what the interpreter does with it
+            if isinstance(status, str):
+                # The interpreter prints such a text and ends with 1.
                 err.write(status + "\n")
                 status = 1
         finally:
-            gc.collect()  # closes the run's files, as the end of a process does
+            # Closes the run's files and locks, as the end of a process does.
+            gc.collect()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return Outcome(status, out.getvalue(), err.getvalue())
@@ -74,27 +86,34 @@ def call(monkeypatch):
 def start(script, *arguments, **options):
     """A script as a process of its own."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
 
 
-def start_of(flags):
+def make_trainer(flags):
     """A pretraining run that has not begun."""
-    args, cpu = pirl.parse_args([str(flag) for flag in flags]), torch.device("cpu")
-    pirl.settle(args, cpu, None)
-    images, train_count, _ = dh.load_unlabelled(args, cpu)
-    return pirl.Pretraining(args, cpu, images, train_count)
+    args = pirl_stl_train_test.make_parser().parse_args([str(flag) for flag in flags])
+    device = torch.device("cpu")
+    pirl_stl_train_test.resolve_defaults(args, device)
+    images, train_count, _ = dataset_helpers.load_unlabelled(args, device)
+    return pirl_stl_train_test.Pretraining(args, device, images, train_count)
 
 
 def write_raw(folder, counts, seed=0):
-    """A raw set of noise in STL-10's layout under folder/stl10_binary: images [N, 3, 96, 96], column by column."""
+    """A raw set of noise in STL-10's layout under folder/stl10_binary.
+
+    Images [N, 3, 96, 96] are stored column by column.
+    """
     rng = np.random.default_rng(seed)
     raw = folder / "stl10_binary"
     raw.mkdir(parents=True)
-    for split, (images, labels) in stl10_data_load.SPLITS.items():
-        smooth = rng.integers(0, 256, (counts[split], 3, 12, 12), np.uint8)
-        smooth.repeat(8, 2).repeat(8, 3).tofile(raw / images)
-        if labels:
-            (np.arange(counts[split]) % 10 + 1).astype(np.uint8).tofile(raw / labels)
+    for split, (images_name, labels_name) in stl10_data_load.SPLITS.items():
+        count = counts[split]
+        coarse = rng.integers(0, 256, (count, 3, 12, 12), np.uint8)
+        coarse.repeat(8, 2).repeat(8, 3).tofile(raw / images_name)
+        if labels_name:
+            labels = np.arange(count) % 10 + 1
+            labels.astype(np.uint8).tofile(raw / labels_name)
     return raw
 
 
@@ -107,7 +126,7 @@ def raw_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(raw_dir, tmp_path_factory):
-    """Image folders of 60 training, 40 test and 100 unlabelled images. Not to be changed by a test."""
+    """Image folders: 60 training, 40 test and 100 unlabelled images. Not to be changed."""
     folder = tmp_path_factory.mktemp("stl10") / "data"
     for split in stl10_data_load.SPLITS:
         stl10_data_load.write_split(raw_dir / "stl10_binary", folder, split)
@@ -117,17 +136,24 @@ def data_dir(raw_dir, tmp_path_factory):
 @pytest.fixture
 def tiny(data_dir, tmp_path):
     """Flags that make a run take seconds."""
+    # fmt: off
     return [
-        *("--data-dir", data_dir, "--image-size", 36, "--batch-size", 16, "--epochs", 2, "--device", "cpu"),
-        *("--weights-dir", tmp_path / "weights", "--observations-dir", tmp_path / "observations"),
+        "--data-dir", data_dir, "--image-size", 36, "--batch-size", 16, "--epochs", 2,
+        "--device", "cpu", "--weights-dir", tmp_path / "weights",
+        "--observations-dir", tmp_path / "observations",
     ]
+    # fmt: on
 
 
 class ThinResNet18(torchvision.models.ResNet):
-    """torchvision's ResNet-18 with an eighth of the channels behind the stem: the same names, 1/50 of the weights."""
+    """ResNet-18 with an eighth of the channels behind the stem.
+
+    torchvision's names, a fiftieth of its weights.
+    """
 
     def __init__(self, weights=None, **options):
-        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], **options)
+        block = torchvision.models.resnet.BasicBlock
+        super().__init__(block, [2, 2, 2, 2], **options)
         self.fc = torch.nn.Linear(64, 1000)
 
     def _make_layer(self, block, planes, *rest, **options):
@@ -136,20 +162,23 @@ class ThinResNet18(torchvision.models.ResNet):
 
 @pytest.fixture(autouse=True)
 def thin_trunk(request, monkeypatch):
-    """A run in this process takes a second instead of four. Where the network itself matters: mark full_trunk."""
+    """A run in this process takes one second instead of four.
+
+    Where the network itself matters: mark the test full_trunk.
+    """
     if "full_trunk" not in request.keywords:
         monkeypatch.setitem(models.TRUNKS, "res18", ThinResNet18)
 
 
 def pytest_collection_modifyitems(items):
     """The longest first, so that no process is left with one of them at the end."""
-    slow = ("test_faults_are_survived", "test_overfits_64_images")
-    items.sort(key=lambda item: not item.name.startswith(slow))
+    longest = ("test_faults_are_survived", "test_overfits_64_images")
+    items.sort(key=lambda item: not item.name.startswith(longest))
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """What runs in this process survives no power cut; test_faults.py starts processes, and they do sync."""
+    """What runs in this process need not survive a power cut."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

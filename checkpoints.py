@@ -1,0 +1,343 @@
+"""Files of weights and of runs: atomic writing, what is saved, and reading it back."""
+
+import contextlib
+import csv
+import io
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import filelock
+import torch
+
+from run_helpers import RANK, UserError, describe_machine, first_line
+
+
+# ---- Atomic files --------------------------------------------------------------------
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a file that appears under `path` whole or not at all.
+
+    It is written beside `path`, synced and renamed, so a kill or a full disk leaves
+    what was there before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    options = {}
+    if "b" not in mode:
+        # Linux allows any bytes in a file name, and some of our tables hold names.
+        options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    try:
+        with open(part, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            # A write to a full disk does not say which file it was.
+            error.filename = str(path)
+        raise
+
+
+def atomic_save(content, path):
+    """torch.save to a file that appears whole or not at all."""
+    # By way of memory: on a full disk, torch's own writer fails with a RuntimeError
+    # that looks like a bug; a plain write fails with an OSError.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read_torch_file(path):
+    """What torch.save wrote, on the CPU; nothing but tensors and plain values is read."""
+    try:
+        if zipfile.is_zipfile(path):
+            # torch.load does not look at the checksums of the archive's members.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:
+        # Arbitrary bytes make zipfile and the unpickler raise almost anything.
+        what = f"is damaged or was not written by torch.save ({first_line(error)})"
+        raise UserError(f"{path} {what}: use another copy") from None
+
+
+@contextlib.contextmanager
+def explain_mismatch(path, advice):
+    """Inside, the content of a file is used. Where it does not fit, say so in one line."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        # torch lists every missing key of a state dict: the beginning is enough.
+        reason = " ".join(str(error).split())[:200]
+        problem = f"{path} does not fit this run ({type(error).__name__}: {reason})"
+        raise UserError(f"{problem}: {advice}") from None
+
+
+def cpu_state_dict(module):
+    """A copy of a module's state dict on the CPU, which loads on any machine."""
+    return {name: value.cpu().clone() for name, value in module.state_dict().items()}
+
+
+# ---- The files of a run --------------------------------------------------------------
+@dataclass
+class TrainingState:
+    """How far a run has come. With this, its loop goes on where it was left."""
+
+    totals: torch.Tensor  # float64 [2]: sum of the losses, number of correct answers
+    epoch: int = 1  # the epoch under way
+    step: int = 0  # how many of its steps are done
+    seconds: float = 0.0  # that they have taken
+    history: list = field(default_factory=list)  # a dict per finished epoch
+
+    def averages(self, images):
+        """(mean loss, accuracy) of the epoch so far, over this many images."""
+        loss, accuracy = (self.totals / images).tolist()
+        return loss, accuracy
+
+    def finish_epoch(self, metrics):
+        self.history.append(metrics)
+        self.epoch += 1
+        self.step = 0
+        self.seconds = 0.0
+        self.totals.zero_()
+
+    def state_dict(self):
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "totals": self.totals,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, saved):
+        self.epoch = saved["epoch"]
+        self.step = saved["step"]
+        self.seconds = saved["seconds"]
+        self.totals.copy_(saved["totals"])
+        self.history = saved["history"]
+
+
+# They belong to the place where a run goes on, not to the run.
+NEVER_RESTORED = {
+    "data_dir",
+    "weights_dir",
+    "observations_dir",
+    "neighbours",
+    "device",
+    "resume",
+}
+# What a resumed run of either script may change.
+CHANGEABLE = {"checkpoint_minutes", "precision"}
+
+
+def settings_of(args):
+    """The arguments as a dict of plain values, which a checkpoint may hold."""
+    settings = {}
+    for name, value in vars(args).items():
+        settings[name] = str(value) if isinstance(value, Path) else value
+    return settings
+
+
+class Experiment:
+    """The files of one experiment, held by one job at a time. Rank 0 alone writes."""
+
+    def __init__(self, args, kind):
+        """kind: what the checkpoints call themselves."""
+        self.kind = kind
+        self.name = args.experiment_name
+        self.model_file = args.weights_dir / f"{self.name}.pt"  # the finished model
+        self.checkpoint_file = args.weights_dir / f"{self.name}.ckpt"  # for --resume
+        self.observations_dir = args.observations_dir
+        self.history_file = self.observation("observations.csv")  # a row per epoch
+        self.locks = []
+        if RANK == 0:
+            folders = {args.weights_dir.resolve(), args.observations_dir.resolve()}
+            for folder in folders:
+                self.lock(folder)
+
+    def observation(self, ending):
+        """The path of <experiment>_<ending> in the folder of tables and pictures."""
+        return self.observations_dir / f"{self.name}_{ending}"
+
+    def lock(self, folder):
+        """Hold the experiment's name in a folder until this process ends, in any way."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / f".{self.name}.run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            problem = f"another process is running {self.name}"
+            raise UserError(f"{problem}: choose another --experiment-name") from None
+        self.locks.append(lock)
+
+    def open_checkpoint(self, resume, may_replace=False):
+        """The content of the checkpoint to go on from, or None for a new run.
+
+        A name that is taken is refused; may_replace: a new run may replace its files.
+        """
+        if resume and self.checkpoint_file.exists():
+            checkpoint = read_torch_file(self.checkpoint_file)
+            advice = "choose another --experiment-name"
+            with explain_mismatch(self.checkpoint_file, advice):
+                if checkpoint["kind"] != self.kind:
+                    kinds = f"it is a {checkpoint['kind']}, not a {self.kind}"
+                    raise ValueError(kinds)
+            return checkpoint
+
+        files = (self.checkpoint_file, self.model_file, self.history_file)
+        taken = [file for file in files if file.exists()]
+        if taken and RANK == 0 and not may_replace:
+            advice = "go on with it by --resume True, or choose another"
+            if resume:
+                advice = f"{self.checkpoint_file} is gone, so choose another"
+            problem = f"the name {self.name} is taken ({taken[0]})"
+            raise UserError(f"{problem}: {advice} --experiment-name")
+        if resume:
+            where = self.checkpoint_file
+            print(f"there is no {where} yet: starting from the beginning")
+        return None
+
+    def restore_settings(self, parser, argv, checkpoint, changeable):
+        """Parse the arguments again, with the checkpoint's settings as the defaults.
+
+        So a flag that is left out keeps the value that the run had. A flag that is given
+        and differs is refused, unless it is among `changeable`.
+        """
+        known = vars(parser.parse_args(argv))
+        with explain_mismatch(self.checkpoint_file, "choose another --experiment-name"):
+            saved = {
+                name: value
+                for name, value in checkpoint["settings"].items()
+                if name in known and name not in NEVER_RESTORED
+            }
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+
+        refused = []
+        print(f"going on from {self.checkpoint_file}")
+        for name, before in saved.items():
+            now = getattr(args, name)
+            if now == before:
+                continue
+            change = f"--{name.replace('_', '-')} was {before}, is {now}"
+            if name in changeable:
+                print(f"note: {change}")
+            else:
+                refused.append(change)
+        if refused:
+            advice = "leave the flags out, or choose another --experiment-name"
+            problem = f"{self.checkpoint_file} was made with other settings"
+            raise UserError(f"{problem} ({'; '.join(refused)}): {advice}")
+        return args
+
+    def restore(self, checkpoint, checksum, trainer, state):
+        """Put a checkpoint's content where it belongs, if it is of the same images."""
+        with explain_mismatch(self.checkpoint_file, "use another copy"):
+            if checkpoint["checksum"] != checksum:
+                advice = "give the --data-dir that it was made with"
+                raise UserError(f"{self.checkpoint_file} is of other images: {advice}")
+            trainer.load_state_dict(checkpoint)
+            state.load_state_dict(checkpoint["training"])
+
+    def save_checkpoint(self, args, checksum, trainer, state):
+        """Write all that an exact resume needs."""
+        if RANK > 0:
+            return
+        content = trainer.state_dict()
+        content["kind"] = self.kind
+        content["settings"] = settings_of(args)
+        content["checksum"] = checksum
+        content["training"] = state.state_dict()
+        atomic_save(content, self.checkpoint_file)
+
+    def export(self, args, parts, state, **facts):
+        """Write the finished model: its parts' state dicts, and how they came about."""
+        content = {name: cpu_state_dict(part) for name, part in parts.items()}
+        content["kind"] = self.kind.replace("checkpoint", "weights")
+        content["settings"] = settings_of(args)
+        content["history"] = state.history
+        content["machine"] = describe_machine(state.totals.device)
+        content.update(facts)
+        atomic_save(content, self.model_file)
+
+    def write_history(self, history):
+        """All finished epochs as a CSV file, a row each."""
+        if RANK > 0 or not history:
+            return
+        with atomic_write(self.history_file, "w") as file:
+            writer = csv.DictWriter(file, history[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+
+
+# ---- Weights to start from -----------------------------------------------------------
+PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in our files
+
+
+def read_weights(name, weights_dir):
+    """(file, content) of a path, or of a name under the weights folder.
+
+    Any file of the training scripts or of torchvision will do. The content has the state
+    dicts of PARTS that there are, "settings" ({} of torchvision's) and, where there are
+    any, "classes" and "history".
+    """
+    name = os.path.expanduser(name)
+    candidates = [
+        Path(name),
+        weights_dir / name,
+        weights_dir / f"{name}.pt",
+        weights_dir / f"{name}.ckpt",
+    ]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        looked_for = ", ".join(str(path) for path in candidates)
+        problem = f"there is no model {name} (looked for {looked_for})"
+        raise UserError(f"{problem}: check the name")
+
+    content = read_torch_file(path)
+    advice = "give a file of these scripts, or the state dict of a torchvision ResNet"
+    with explain_mismatch(path, advice):
+        if "conv1.weight" in content:
+            trunk = {k: v for k, v in content.items() if not k.startswith("fc.")}
+            return path, {"trunk": trunk, "settings": {}}
+        weights = {"trunk": content["trunk"], "settings": dict(content["settings"])}
+        for key in (*PARTS, "classes", "history"):
+            if key in content:
+                weights[key] = content[key]
+        if "training" in content:  # a checkpoint
+            weights["history"] = content["training"]["history"]
+        return path, weights
+
+
+def model_type_of(trunk):
+    """Which --model-type a state dict with torchvision's names is of."""
+    if "layer1.0.conv3.weight" in trunk:
+        return "res50"
+    if "layer1.2.conv1.weight" in trunk:
+        return "res34"
+    return "res18"
+
+
+def load_weights(modules, weights, path):
+    """Give modules, a dict by the names in PARTS, the weights that there are of them."""
+    used = [name for name in modules if name in weights]
+    flags = "--model-type, --stem and, in pretraining, --non-linear-head"
+    with explain_mismatch(path, f"give the {flags} that it was made with"):
+        for name in used:
+            modules[name].load_state_dict(weights[name])
+
+    unused = [name for name in PARTS if name in weights and name not in used]
+    note = f"using {', '.join(used)} of {path}"
+    if unused:
+        note += f", not {', '.join(unused)}"
+    print(note)

@@ -1,0 +1,205 @@
+"""What happens between two steps: the bar, the clock, checkpoints and signals."""
+
+import io
+import math
+import signal
+import sys
+import time
+
+import torch
+from torch import distributed
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from run_helpers import RANK, RANKS, UserError, leave_ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class PlainLines(io.TextIOBase):
+    """Where tqdm writes if there is no terminal: each state of a bar becomes a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), flush=True)
+
+
+def progress_bar(total, description, unit, done=0, **options):
+    """A tqdm bar on a terminal, elsewhere a plain line a minute; rank 0 alone shows it."""
+    if not sys.stderr.isatty():
+        options["file"] = PlainLines()
+        options["mininterval"] = 60
+        options["maxinterval"] = 60
+        options["delay"] = 60
+        options["ncols"] = 0
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit=unit,
+        disable=RANK > 0,
+        leave=False,
+        **options,
+    )
+
+
+class LoopControl:
+    """Controls a training loop between its steps.
+
+    Inside its `with` block, SIGTERM and Ctrl-C are noted and do nothing by themselves:
+    the loop asks for them where it can be left, so none comes in the middle of a step,
+    of validation or of a file. All ranks leave it together.
+    """
+
+    def __init__(self, trainer, state, experiment, save, title, advice):
+        """save: writes a checkpoint. title: of the bar. advice: if the loss diverges.
+
+        trainer has args, device, model and train_count, the images of an epoch.
+        """
+        self.trainer = trainer
+        self.state = state
+        self.experiment = experiment
+        self.save = save
+        self.title = title
+        self.advice = advice
+
+        self.batch_size = trainer.args.batch_size
+        self.steps_per_epoch = math.ceil(trainer.train_count / self.batch_size)
+        self.has_checkpoint = False
+        self.saved_at = time.monotonic()
+        self.shown_at = time.monotonic()
+        self.epoch_started_at = None
+        self.bar = None
+
+        self.signal = 0  # the number of the one that has come
+        self.handlers_before = {}
+
+    def __enter__(self):
+        for number in SIGNALS:
+            self.handlers_before[number] = signal.signal(number, self.note_signal)
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+
+    def note_signal(self, number, frame):
+        self.signal = number
+
+    def begin_epoch(self):
+        """Start the epoch's clock and its bar, or go on with them after a resume."""
+        self.epoch_started_at = time.monotonic() - self.state.seconds
+        self.bar = progress_bar(
+            self.trainer.train_count,
+            f"{self.title} {self.state.epoch}",
+            " images",
+            done=self.images_seen(),
+        )
+
+    def after_step(self, totals):
+        """Count a step; save a checkpoint if one is due; on a signal, end the process.
+
+        totals [2]: the batch's sum of losses and its number of correct answers.
+        """
+        seen_before = self.images_seen()
+        self.state.step += 1
+        self.state.totals += totals
+        self.state.seconds = time.monotonic() - self.epoch_started_at
+        self.bar.update(self.images_seen() - seen_before)
+
+        last_step = self.state.step == self.steps_per_epoch
+        stop, due = self.agree(self.checkpoint_due(last_step), last_step)
+        if stop or due:
+            self.checkpoint()
+        if stop:
+            self.exit(stop, f"after step {self.state.step}")
+
+        # Reading numbers back waits for the device, so it is done once a second.
+        if time.monotonic() - self.shown_at >= 1:
+            self.shown_at = time.monotonic()
+            self.check_finite()
+            loss, accuracy = self.state.averages(self.images_seen())
+            text = f"loss {loss:.3f}, accuracy {accuracy:.1%}"
+            self.bar.set_postfix_str(text, refresh=False)
+
+    def end_epoch(self):
+        """Stop the epoch's clock and its bar. Returns its mean loss and accuracy."""
+        self.check_finite()
+        averages = self.state.averages(self.trainer.train_count)
+        # Both have waited for the device: now the time is that of the whole epoch.
+        self.state.seconds = time.monotonic() - self.epoch_started_at
+        self.bar.close()
+        return averages
+
+    def epoch_seconds(self):
+        """Since the epoch began, validation included, breaks for a resume excluded."""
+        return time.monotonic() - self.epoch_started_at
+
+    def after_epoch(self):
+        """End the process if a signal has come since the last step."""
+        stop, _ = self.agree(checkpoint_due=False, last_step=True)
+        if stop:
+            self.checkpoint()
+            self.exit(stop, "before its first step")
+
+    def after_export(self):
+        """End the process with a signal's status if one has come: all work is done."""
+        stop, _ = self.agree(checkpoint_due=False, last_step=True)
+        if stop:
+            leave_ranks()
+            sys.exit(128 + stop)
+
+    def checkpoint(self):
+        # What is not finite must not overwrite the last good checkpoint.
+        self.check_finite()
+        self.save()
+        self.saved_at = time.monotonic()
+        self.has_checkpoint = True
+
+    def exit(self, number, place):
+        self.bar.close()
+        where = f"in epoch {self.state.epoch} {place}"
+        print(f"stopped {where}: --resume True goes on from here", flush=True)
+        leave_ranks()
+        sys.exit(128 + number)
+
+    def checkpoint_due(self, last_step):
+        minutes = self.trainer.args.checkpoint_minutes
+        if last_step:
+            if not self.has_checkpoint:
+                # The CSV is about to get a row: --resume must find a checkpoint.
+                return True
+            minutes = min(minutes, 1)
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+    def agree(self, checkpoint_due, last_step):
+        """(a signal's number or 0, whether to save): the same on all ranks."""
+        if RANKS == 1:
+            return self.signal, checkpoint_due
+        # The hosts of GPUs need not wait for one another after every step.
+        if self.trainer.device.type == "cuda" and self.state.step % 16 and not last_step:
+            return 0, False
+        wishes = torch.tensor([self.signal, checkpoint_due and RANK == 0])
+        distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
+        stop, due = wishes.tolist()
+        return stop, bool(due)
+
+    def check_finite(self):
+        """End the run if a loss or a weight is not finite."""
+        state_dict = self.trainer.model.state_dict()
+        floats = [v for v in state_dict.values() if v.is_floating_point()]
+        norms = torch.stack([get_total_norm(floats), self.state.totals.norm()])
+        if norms.isfinite().all():
+            return
+        kept = "there is no checkpoint yet"
+        file = self.experiment.checkpoint_file
+        if file.exists():
+            kept = f"the last checkpoint, {file}, is good"
+        where = f"{self.title} {self.state.epoch}, step {self.state.step} or before"
+        raise UserError(f"the loss is not finite in {where}: {self.advice} ({kept})")
+
+    def images_seen(self):
+        """In this epoch."""
+        return min(self.state.step * self.batch_size, self.trainer.train_count)

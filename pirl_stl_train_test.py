@@ -161,7 +161,9 @@ def main(argv=None):
     def save():
         experiment.save_checkpoint(args, checksum, trainer, state)
 
-    advice = "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
+    advice = (
+        "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
+    )
     loop = LoopControl(trainer, state, experiment, save, "epoch", advice)
     if checkpoint:
         experiment.restore(checkpoint, checksum, trainer, state)
@@ -227,27 +229,33 @@ def candidate_logits(u, w, negatives, excluded, temperature):
     u, w [B, 128] and negatives [C, 128] are unit vectors; excluded [B, C] is True where
     a vector is no negative of that image: its logit is −∞. Returns [B, 1 + C].
     """
-    positive = (u * w).sum(-1, keepdim=True)
-    rivals = (w @ negatives.T).masked_fill(excluded, -math.inf)
-    return torch.cat([positive, rivals], dim=-1) / temperature
+    positive = (u * w).sum(1, keepdim=True)  # [B, 1]
+    rivals = (w @ negatives.T).masked_fill(excluded, -math.inf)  # [B, C]
+    return torch.cat([positive, rivals], dim=1) / temperature
 
 
 def modified_nce(logits):
     """−log h(u, w), h being the positive's probability (equation 4). [B, 1 + C] -> [B]."""
-    return -F.log_softmax(logits, dim=-1)[..., 0]
+    return -F.log_softmax(logits, dim=1)[:, 0]
 
 
 def nce(logits):
     """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + C] -> [B].
 
-    h(w, m_k) is the probability of column k. Where that is near 1, 1 − h is lost to rounding; only the largest can be,
-    and for it log(1 − h) is the log-sum-exp of the other columns less that of all.
+    h(w, m_k) is the probability of column k.
     """
-    log_h = F.log_softmax(logits, -1)
-    top = log_h.argmax(-1, keepdim=True)
-    others, whole = logits.scatter(-1, top, -math.inf).logsumexp(-1, True), logits.logsumexp(-1, True)
-    log_not = torch.log1p(-log_h.scatter(-1, top, -math.inf).exp()).scatter(-1, top, others - whole)
-    return -log_h[..., 0] - log_not[..., 1:].sum(-1)
+    log_h = F.log_softmax(logits, dim=1)
+
+    # Where h is near 1, 1 − h would be lost to rounding. Only the largest h can be that
+    # near, and its 1 − h is the probability of all other columns together.
+    top = logits.argmax(1, keepdim=True)
+    other_logits = logits.scatter(1, top, -math.inf)
+    log_others = other_logits.logsumexp(1, keepdim=True)
+    log_all = logits.logsumexp(1, keepdim=True)
+
+    h = log_h.scatter(1, top, -math.inf).exp()  # of the others, at most 1/2
+    log_not_h = torch.log1p(-h).scatter(1, top, log_others - log_all)
+    return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
 
 
 def pirl_loss(image_vectors, patch_vectors, memory, negatives, excluded, args):
@@ -257,12 +265,18 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, excluded, args):
     the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
     candidate_logits(). Returns the loss of each image, float32 [B].
     """
-    vectors = torch.stack([patch_vectors, image_vectors]).float()
-    g, f = vectors = F.normalize(vectors, dim=2)  # [2, B, 128]
-    targets = torch.stack([memory if args.positive == "bank" else f, memory])
-    logits = candidate_logits(targets, vectors, negatives, excluded, args.temp_parameter)
-    criterion = {"modified-nce": modified_nce, "nce": nce}[args.loss]
-    pretext_term, image_term = criterion(logits)
+    f = F.normalize(image_vectors.float(), dim=1)  # f(φ(I)),   [B, 128]
+    g = F.normalize(patch_vectors.float(), dim=1)  # g(φ(I_t)), [B, 128]
+
+    # Both must find m_I among the negatives. --positive pair lets g find f instead.
+    target = f if args.positive == "pair" else memory
+    temperature = args.temp_parameter
+    pretext_logits = candidate_logits(target, g, negatives, excluded, temperature)
+    image_logits = candidate_logits(memory, f, negatives, excluded, temperature)
+
+    criterion = nce if args.loss == "nce" else modified_nce
+    pretext_term = criterion(pretext_logits)
+    image_term = criterion(image_logits)
     return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
 
 

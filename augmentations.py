@@ -1,142 +1,250 @@
-"""Crops, flips and colour: batched tensor operations with random numbers per image."""
+"""Crops, flips and colour: batched tensor operations with random numbers per image.
+
+What is random about a view of an image is a row of numbers, uniform in [0, 1). So a view
+is a function of (seed, epoch, image), whatever else is in the batch. torchvision's
+transforms would draw one set of parameters for the whole batch.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from torch import nn
 
 PIXEL_MEAN = (0.4467, 0.4398, 0.4066)  # of STL-10's unlabelled images, RGB in [0, 1]
 PIXEL_STD = (0.2603, 0.2566, 0.2713)
-CROP_UNIFORMS, COLOUR_UNIFORMS = 4, 6
+
+# How many random numbers each part of a view takes.
+CROP_UNIFORMS = 4
+COLOUR_UNIFORMS = 6
 IMAGE_VIEW_UNIFORMS = CROP_UNIFORMS + 1 + COLOUR_UNIFORMS
 LABELLED_VIEW_UNIFORMS = CROP_UNIFORMS + 3
 
 CROP_AREA = (0.2, 1.0)  # of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width to height
-COLOUR_RANGE = 0.4  # brightness, contrast and saturation are factors from 1 − x to 1 + x, at strength 1
+ROTATION = math.radians(15)  # of labelled images, at most, either way
+LABELLED_BRIGHTNESS = (0.6, 1.4)
+
 COLOUR_STRENGTH = 0.5
-HUE = 0.1  # of a full turn, either way, at strength 1
-JITTER_SHARE = 0.8  # of the images; the others keep their colours
-GRAY_SHARE = 0.2
+COLOUR_RANGE = 0.4  # brightness, contrast and saturation are in 1 ± this, at strength 1
+HUE_RANGE = 0.1  # of a full turn, either way, at strength 1
+JITTER_PROBABILITY = 0.8  # other images keep their colours
+GRAY_PROBABILITY = 0.2
 
-YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # luma and two axes of colour
-CONSTANTS = {}  # of colour_constants(), by device
+# Luma, and the two axes of the colour plane in which the hue is an angle.
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
+# ---- The views -----------------------------------------------------------------------
 class ImageView(nn.Module):
+    """The image view I: random resized crop, horizontal flip, colour jitter, grayscale.
+
+    (Paper, appendix A.)
+    """
+
     def __init__(self, min_area=CROP_AREA[0], colour_strength=COLOUR_STRENGTH):
+        """min_area: of the crop, as a fraction of the image's."""
         super().__init__()
-        self.min_area = min_area
-        self.colour_strength = colour_strength
+        self.area = (min_area, CROP_AREA[1])
+        self.colour_jitter = ColourJitter(colour_strength)
 
     def forward(self, images, uniforms):
-        crop, flip, colour = uniforms.split([CROP_UNIFORMS, 1, COLOUR_UNIFORMS], 1)
-        y, x = whole_crop(crop, flip, images.shape[-1], (self.min_area, CROP_AREA[1]))
-        return recolour(sample(images, y, x), *jitter(colour, self.colour_strength))
+        """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 11] -> [B, 3, S, S].
+
+        The result is float32, normalised, channels-last.
+        """
+        sizes = [CROP_UNIFORMS, 1, COLOUR_UNIFORMS]
+        crop_uniforms, flip_uniforms, colour_uniforms = uniforms.split(sizes, dim=1)
+        side = images.shape[-1]
+
+        corner, size = crop_box(crop_uniforms, side, self.area)
+        transforms = box_transforms(corner, size, side)
+        transforms = flip_half(transforms, flip_uniforms)
+        view = sample(images, transforms, side)
+        return self.colour_jitter(view, colour_uniforms)
 
 
 class LabelledView(nn.Module):
+    """The view for fine-tuning: crop, rotation by up to 15°, flip, brightness."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = Normalize()
+
     def forward(self, images, uniforms):
-        crop, flip, angle, light = uniforms.split([CROP_UNIFORMS, 1, 1, 1], 1)
-        middle, angle = (images.shape[-1] - 1) / 2, ((2 * angle - 1) * math.radians(15))[..., None, None]
-        y, x = (edge - middle for edge in whole_crop(crop, flip, images.shape[-1], CROP_AREA))
-        y, x = y * angle.cos() + x * angle.sin(), x * angle.cos() - y * angle.sin()
-        one = torch.ones_like(light[:, 0])
-        return recolour(sample(images, y + middle, x + middle), 0.6 + 0.8 * light[:, 0], one, one, 0 * one)
+        """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 7] -> [B, 3, S, S].
+
+        The result is float32, normalised, channels-last.
+        """
+        sizes = [CROP_UNIFORMS, 1, 1, 1]
+        split = uniforms.split(sizes, dim=1)
+        crop_uniforms, flip_uniforms, angle_uniforms, brightness_uniforms = split
+        side = images.shape[-1]
+
+        # The crop is turned about the image's middle.
+        corner, size = crop_box(crop_uniforms, side, CROP_AREA)
+        transforms = box_transforms(corner, size, side)
+        transforms = flip_half(transforms, flip_uniforms)
+        angle = between(angle_uniforms[:, 0], -ROTATION, ROTATION)
+        transforms = rotations(angle) @ transforms
+        view = sample(images, transforms, side)
+
+        brightness = between(brightness_uniforms, *LABELLED_BRIGHTNESS)
+        view = view / 255 * brightness[:, :, None, None]
+        return self.normalize(view.clamp(0, 1))
 
 
+def between(uniforms, low, high):
+    """Numbers in [0, 1) to numbers in [low, high)."""
+    return low + (high - low) * uniforms
+
+
+# ---- Crops, as affine maps for F.affine_grid -----------------------------------------
 def crop_box(uniforms, side, area):
-    """A box of random area (a fraction of side²), aspect ratio (log-uniform) and place that fits inside the image.
+    """A random box inside an image of side × side pixels.
 
-    uniforms [B, 4] -> (corner, size), each [B, 2], vertical and horizontal, in pixels, real numbers.
+    Its area is uniform between `area`, two fractions of the image's; its aspect ratio is
+    log-uniform. uniforms [B, 4] -> (corner, size), each [B, 2], vertical and horizontal,
+    in pixels, real numbers.
     """
-    pixels = uniforms[:, :1] * ((area[1] - area[0]) * side**2) + area[0] * side**2
-    ratio = (uniforms[:, 1:2] * math.log(CROP_ASPECT[1] / CROP_ASPECT[0]) + math.log(CROP_ASPECT[0])).exp()
-    width = (pixels * ratio).sqrt().clamp(max=side).maximum(pixels / side)  # else the height would not fit
-    size = torch.cat([pixels / width, width], 1)
-    return uniforms[:, 2:] * (side - size), size
+    pixels = between(uniforms[:, 0], area[0] * side**2, area[1] * side**2)
+    low, high = CROP_ASPECT
+    aspect = between(uniforms[:, 1], math.log(low), math.log(high)).exp()
+
+    # Not wider than the image, and wide enough that it is not higher than the image.
+    width = (pixels * aspect).sqrt()
+    width = width.clamp(max=side).maximum(pixels / side)
+    height = pixels / width
+
+    size = torch.stack([height, width], dim=1)
+    corner = uniforms[:, 2:] * (side - size)
+    return corner, size
 
 
-def crop_coordinates(corner, size, pixels, side):
-    """Where pixels of the crop, once resized to side × side, lie in the image it was cut from.
+def box_transforms(corner, size, side):
+    """The maps from the pixels of a box to those of the image, for F.affine_grid.
 
-    corner and size [B, …, 2, 1]; pixels, whole numbers, broadcast against them, rows and columns in the dimension of 2;
-    so does the result. What would lie outside the crop by up to half a pixel takes the crop's edge, as when the crop is
-    cut out first.
+    Both sides of the map are in −1 … 1 from edge to edge, and (x, y) rather than (vertical,
+    horizontal). corner and size [..., 2] -> [..., 2, 3].
     """
-    inside = (pixels + 0.5) * (size / side) - 0.5
-    return corner + inside.minimum(size - 1).clamp(min=0)
+    scale = size / side
+    centre = (2 * corner + size) / side - 1
+    return torch.cat([torch.diag_embed(scale.flip(-1)), centre.flip(-1)[..., None]], -1)
 
 
-def whole_crop(uniforms, flip, side, area):
-    """(y [B, 1, S, 1], x [B, 1, 1, S]): rows and columns of a random crop; for half of `flip` [B, 1] mirrored."""
-    corner, size = (edge[..., None] for edge in crop_box(uniforms, side, area))
-    y, x = crop_coordinates(corner, size, torch.arange(side, device=uniforms.device), side).unbind(1)
-    return y[:, None, :, None], torch.where(flip < 0.5, x, x.flip(1))[:, None, None, :]
+def flip_half(transforms, uniforms):
+    """Mirror half of the images: transforms [B, 2, 3], uniforms [B, 1]."""
+    sign = torch.where(uniforms < 0.5, 1.0, -1.0)
+    ones = torch.ones_like(sign)
+    # The factor of the box's own x coordinate.
+    return transforms * torch.stack([sign, ones, ones], dim=2)
 
 
-def sample(images, y, x):
-    """Bilinear samples of images [B, 3, S, S] at (y, x), in pixels, broadcast to [B, R, H, W] -> [B·R, 3, H, W]."""
-    side = images.shape[-1]
-    grid = torch.stack(torch.broadcast_tensors(x, y), -1) * (2 / side) + (1 / side - 1)  # to grid_sample's −1 … 1
-    sampled = F.grid_sample(images, grid.flatten(1, 2), padding_mode="border", align_corners=False)
-    return sampled.unflatten(2, (grid.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+def rotations(angle):
+    """Angles [B] in radians -> rotation matrices [B, 2, 2]."""
+    cos = angle.cos()
+    sin = angle.sin()
+    rows = [torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)]
+    return torch.stack(rows, dim=1)
 
 
-def jitter(uniforms, strength=COLOUR_STRENGTH):
-    """uniforms [N, 6] -> brightness, contrast, saturation (0 is gray) and hue angle in radians, each [N].
-
-    strength multiplies how far the first three may go from 1, and how far colours may turn. With strength 0 all images
-    keep their colours, grayscale included.
-    """
-    kept, gray = uniforms[:, 4:5], uniforms[:, 5]
-    change = (2 * uniforms[:, :4] - 1) * (kept < JITTER_SHARE)
-    brightness, contrast, saturation = (change[:, :3] * (strength * COLOUR_RANGE) + 1).unbind(1)
-    saturation = saturation * (gray >= (GRAY_SHARE if strength else 0))
-    return brightness, contrast, saturation, change[:, 3] * (strength * HUE * 2 * math.pi)
+def sample(images, transforms, side):
+    """Bilinear samples: images [B, 3, S, S], transforms [B, 2, 3] -> [B, 3, side, side]."""
+    grid = F.affine_grid(transforms, (len(images), 3, side, side), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def recolour(images, brightness, contrast, saturation, hue):
-    """Colour jitter, grayscale and normalisation as one affine map of RGB per image.
+# ---- Colour --------------------------------------------------------------------------
+class Normalize(nn.Module):
+    """RGB in 0 … 1 to mean 0 and standard deviation 1, channels-last."""
 
-    Scaling (brightness), blending with the mean gray (contrast) and each pixel's gray (saturation), as in torchvision,
-    and turning the colour plane of YIQ (hue) are linear and commute: any order will do. Clipped once, at the end.
+    def __init__(self):
+        super().__init__()
+        # As buffers they are on the training device: a step need not send them there.
+        mean = torch.tensor(PIXEL_MEAN)[:, None, None]
+        std = torch.tensor(PIXEL_STD)[:, None, None]
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
-    images [N, 3, H, W] in 0 … 255, parameters [N] -> [N, 3, H, W] normalised, channels-last.
-    """
-    parts, luma, scale, low, high = colour_constants(images.device)
-    scaled = brightness * contrast
-    vivid = scaled * saturation
-    matrix = torch.stack([scaled, vivid * hue.cos(), vivid * hue.sin()], 1) @ parts
-    offset = torch.addcmul(low, ((brightness - scaled) * (images.mean((2, 3)) @ luma))[:, None, None], scale)
-    coloured = torch.baddbmm(offset, matrix.view(-1, 3, 3), images.flatten(2)).clamp_(low, high)
-    return coloured.view_as(images).contiguous(memory_format=torch.channels_last)
+    def forward(self, images):  # [B, 3, H, W] -> [B, 3, H, W]
+        images = (images - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last)
 
 
-@torch.compiler.assume_constant_result  # which a functools.cache around it would hide from torch.compile
-def colour_constants(device):
-    """What recolour() multiplies by, to normalised from RGB in 0 … 255.
+class ColourJitter(nn.Module):
+    """Colour jitter, grayscale and normalisation, with parameters per image."""
 
-    parts [3, 9]: the matrices RGB → gray, → colour part, → that part turned by 90°; luma [3]: RGB → mean gray;
-    scale, low, high [3, 1]: 1 / STD, and black and white once they are normalised.
-    """
-    if device in CONSTANTS:
-        return CONSTANTS[device]
-    yiq, mean, std = torch.tensor(YIQ), torch.tensor(PIXEL_MEAN)[:, None], torch.tensor(PIXEL_STD)[:, None]
-    to_gray, turn = yiq[0].expand(3, 3), torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
-    parts = torch.stack([to_gray, torch.eye(3) - to_gray, torch.linalg.inv(yiq) @ turn @ yiq]) / std / 255
-    constants = (parts.flatten(1), yiq[0] / 255, 1 / std, -mean / std, (1 - mean) / std)
-    return CONSTANTS.setdefault(device, [constant.to(device) for constant in constants])
+    def __init__(self, strength):
+        """strength: how far the colours may go, 1 for the ranges above.
+
+        With strength 0 all images keep their colours, grayscale included.
+        """
+        super().__init__()
+        self.strength = strength
+        yiq = torch.tensor(YIQ)
+        self.register_buffer("yiq_from_rgb", yiq, persistent=False)
+        self.register_buffer("rgb_from_yiq", torch.linalg.inv(yiq), persistent=False)
+        self.normalize = Normalize()
+
+    def forward(self, images, uniforms):
+        """images [N, 3, H, W] float32 in 0 … 255, uniforms [N, 6] -> [N, 3, H, W].
+
+        The result is float32, normalised, channels-last.
+        """
+        brightness, contrast, saturation, hue = self.parameters_of(uniforms)
+        return self.apply(images / 255, brightness, contrast, saturation, hue)
+
+    def parameters_of(self, uniforms):
+        """uniforms [N, 6] -> brightness, contrast, saturation (0 is gray), hue: each [N].
+
+        The first three are factors, the hue is an angle in radians.
+        """
+        jittered = uniforms[:, 4] < JITTER_PROBABILITY
+        change = between(uniforms[:, :4], -1, 1) * jittered[:, None] * self.strength
+        brightness = 1 + COLOUR_RANGE * change[:, 0]
+        contrast = 1 + COLOUR_RANGE * change[:, 1]
+        saturation = 1 + COLOUR_RANGE * change[:, 2]
+        hue = HUE_RANGE * 2 * math.pi * change[:, 3]
+
+        if self.strength > 0:
+            gray = uniforms[:, 5] < GRAY_PROBABILITY
+            saturation = saturation.masked_fill(gray, 0)
+        return brightness, contrast, saturation, hue
+
+    def apply(self, images, brightness, contrast, saturation, hue):
+        """The steps of torchvision's ColorJitter, but clipped only once, at the end.
+
+        images [N, 3, H, W] in 0 … 1, parameters [N]; normalised [N, 3, H, W].
+        """
+        images = images * brightness[:, None, None, None]
+
+        mean_gray = TF.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
+        images = torch.lerp(mean_gray, images, contrast[:, None, None, None])
+
+        gray = TF.rgb_to_grayscale(images)
+        images = torch.lerp(gray, images, saturation[:, None, None, None])
+
+        images = self.rotate_hue(images, hue)
+        return self.normalize(images.clamp(0, 1))
+
+    def rotate_hue(self, images, angle):
+        """Turn the colours in the plane of I and Q; luma and saturation stay."""
+        turns = torch.zeros(len(angle), 3, 3, device=angle.device)
+        turns[:, 0, 0] = 1
+        turns[:, 1:, 1:] = rotations(angle)
+        matrices = self.rgb_from_yiq @ turns @ self.yiq_from_rgb  # [N, 3, 3]
+        return (matrices @ images.flatten(2)).view_as(images)
 
 
 def normalize(images):
-    """uint8 [B, 3, S, S] -> float32, normalised, channels-last: an image as evaluation sees it."""
-    *_, scale, low, _ = colour_constants(images.device)
-    return (images / 255 * scale[..., None] + low[..., None]).contiguous(memory_format=torch.channels_last)
+    """uint8 [B, 3, S, S] -> float32: images as evaluation feeds them to the trunk."""
+    images = TF.normalize(images / 255, PIXEL_MEAN, PIXEL_STD)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def unnormalize(views):
-    """The inverse of normalised(): float [N, 3, H, W] -> RGB in 0 … 1."""
-    *_, scale, low, _ = colour_constants(views.device)
-    return (views - low[..., None]) / scale[..., None]
+    """The inverse of normalize(): float [N, 3, H, W] -> RGB in 0 … 1."""
+    mean = torch.tensor(PIXEL_MEAN, device=views.device)[:, None, None]
+    std = torch.tensor(PIXEL_STD, device=views.device)[:, None, None]
+    return views * std + mean

@@ -1,75 +1,117 @@
 """The jigsaw pretext task: nine shuffled patches (paper, section 3.2 and appendix A)."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-import augmentations as dh
-import models
+from augmentations import (
+    COLOUR_STRENGTH,
+    COLOUR_UNIFORMS,
+    CROP_UNIFORMS,
+    ColourJitter,
+    box_transforms,
+    crop_box,
+)
+from models import VECTOR_SIZE, linear_head
 
 GRID = 3
 CELLS = GRID * GRID
 PRETEXT_CROP_AREA = (0.6, 1.0)  # of the image's area
-JIGSAW_UNIFORMS = dh.CROP_UNIFORMS + CELLS * (2 + dh.COLOUR_UNIFORMS + 1)
-
-
-def patch_sizes(side):
-    """(side of a grid cell, side of a patch) in pixels: (32, 30) for images of 96 × 96."""
-    cell = side // GRID
-    return cell, min(cell, 30 * side // 96)
-
-
-def patch_places(offset_uniforms, order_uniforms, side):
-    """Where the nine patches lie in the resized crop, in the order in which they are presented.
-
-    offset_uniforms [B, 9, 2], order_uniforms [B, 9] -> permutation [B, 9] int64 (the cell shown at each place, row by row,
-    uniform over the 9! orders), pixels [B, 9, 2, P]: the whole rows and columns of each patch, within its cell.
-    """
-    cell, patch = patch_sizes(side)
-    permutation = order_uniforms.argsort(1)
-    cells = torch.stack([permutation // GRID, permutation % GRID], 2)
-    corners = cells * cell + (offset_uniforms * (cell - patch + 1)).floor()
-    return permutation, corners[..., None] + torch.arange(patch, device=offset_uniforms.device)
-
-
-def jigsaw_view(images, uniforms, strength=dh.COLOUR_STRENGTH):
-    """The pretext view I_t: crop of at least 60 %, 3 × 3 grid, a random patch of each cell, own colours each, shuffled.
-
-    images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 85] -> [B·9, 3, P, P] float32, normalised, channels-last, the
-    nine patches of an image in a row. The crop is never made: patches are sampled straight from the image. strength:
-    see dh.jitter().
-    """
-    side = images.shape[-1]
-    crop, offsets, colours, order = uniforms.split([dh.CROP_UNIFORMS, CELLS * 2, CELLS * dh.COLOUR_UNIFORMS, CELLS], 1)
-    _, pixels = patch_places(offsets.unflatten(1, (CELLS, 2)), order, side)
-    corner, size = (edge[:, None, :, None] for edge in dh.crop_box(crop, side, PRETEXT_CROP_AREA))
-    y, x = dh.crop_coordinates(corner, size, pixels, side).unbind(2)
-    patches = dh.sample(images, y[..., :, None], x[..., None, :])
-    return dh.recolour(patches, *dh.jitter(colours.reshape(-1, dh.COLOUR_UNIFORMS), strength))
-
 
 
 class Jigsaw(nn.Module):
-    inputs_per_image = CELLS
-    uniforms = JIGSAW_UNIFORMS
+    """The pretext view I_t: crop, 3 × 3 grid, a random patch of each cell, shuffled.
 
-    def __init__(self, colour_strength=dh.COLOUR_STRENGTH):
+    A pretext task says how many random numbers an image's view takes (`uniforms`), how
+    many inputs it gives to the network (`inputs_per_image`), what they are (forward) and
+    which head joins their features (make_head).
+    """
+
+    inputs_per_image = CELLS
+    uniforms = CROP_UNIFORMS + CELLS * (2 + COLOUR_UNIFORMS + 1)
+
+    def __init__(self, colour_strength=COLOUR_STRENGTH):
         super().__init__()
-        self.colour_strength = colour_strength
+        self.colour_jitter = ColourJitter(colour_strength)
 
     def forward(self, images, uniforms):
-        return jigsaw_view(images, uniforms, self.colour_strength)
+        """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 85] -> [B·9, 3, P, P].
+
+        The result is float32, normalised, channels-last: the nine patches of an image
+        side by side, in the order in which they are presented, each with its own colours.
+        """
+        sizes = [CROP_UNIFORMS, CELLS * 2, CELLS * COLOUR_UNIFORMS, CELLS]
+        split = uniforms.split(sizes, dim=1)
+        crop_uniforms, offset_uniforms, colour_uniforms, order_uniforms = split
+        side = images.shape[-1]
+        _, patch = patch_sizes(side)
+
+        # Where the patches lie in the crop, once that is resized to the image's size.
+        offset_uniforms = offset_uniforms.unflatten(1, (CELLS, 2))
+        _, places = patch_places(offset_uniforms, order_uniforms, side)  # [B, 9, 2]
+
+        # Their boxes in the image itself: the crop is never made.
+        crop_corner, crop_size = crop_box(crop_uniforms, side, PRETEXT_CROP_AREA)
+        scale = crop_size[:, None] / side  # [B, 1, 2]
+        corners = crop_corner[:, None] + places * scale  # [B, 9, 2]
+        transforms = box_transforms(corners, patch * scale.expand_as(corners), side)
+
+        patches = sample_patches(images, transforms, patch)  # [B·9, 3, P, P]
+        return self.colour_jitter(patches, colour_uniforms.reshape(-1, COLOUR_UNIFORMS))
 
     def make_head(self, dimension, non_linear):
         return JigsawHead(dimension, non_linear)
 
 
 class JigsawHead(nn.Module):
-    """Head g: each patch to 128 numbers, the nine side by side, to 128."""
+    """Head g: each patch to 128 numbers, the nine in presentation order, to 128.
+
+    (Paper, section 3.2.)
+    """
 
     def __init__(self, dimension, non_linear):
         super().__init__()
-        self.patch = nn.Linear(dimension, models.VECTOR_SIZE)
-        self.together = models.linear_head(CELLS * models.VECTOR_SIZE, non_linear)
+        self.patch = nn.Linear(dimension, VECTOR_SIZE)
+        self.together = linear_head(CELLS * VECTOR_SIZE, non_linear)
 
     def forward(self, features):  # [B, 9, d] -> [B, 128]
-        return self.together(self.patch(features).flatten(1))
+        vectors = self.patch(features)  # [B, 9, 128]
+        return self.together(vectors.flatten(1))
+
+
+def patch_sizes(side):
+    """(side of a grid cell, side of a patch) in pixels: (32, 30) for images of 96 × 96."""
+    cell = side // GRID
+    patch = 30 * side // 96
+    return cell, min(cell, patch)
+
+
+def patch_places(offset_uniforms, order_uniforms, side):
+    """Where the nine patches lie in the resized crop, in the order of presentation.
+
+    offset_uniforms [B, 9, 2], order_uniforms [B, 9]. Returns the permutation [B, 9]
+    int64, which is the cell shown at each place, uniform over the 9! orders, and the
+    patches' corners [B, 9, 2], vertical and horizontal, in whole pixels.
+    """
+    cell, patch = patch_sizes(side)
+    permutation = order_uniforms.argsort(1)
+    rows = permutation // GRID
+    columns = permutation % GRID
+    cell_corners = cell * torch.stack([rows, columns], dim=2)
+    offsets = (offset_uniforms * (cell - patch + 1)).floor()
+    return permutation, cell_corners + offsets
+
+
+def sample_patches(images, transforms, patch):
+    """images [B, 3, S, S], transforms [B, 9, 2, 3] -> [B·9, 3, P, P].
+
+    One grid_sample per image serves all its patches, as one tall picture of them, so that
+    no image is copied nine times.
+    """
+    count = len(images) * CELLS
+    size = (count, 3, patch, patch)
+    grids = F.affine_grid(transforms.flatten(0, 1), size, align_corners=False)
+    grids = grids.view(len(images), CELLS * patch, patch, 2)
+    stacked = F.grid_sample(images, grids, padding_mode="border", align_corners=False)
+    patches = stacked.unflatten(2, (CELLS, patch))  # [B, 3, 9, P, P]
+    return patches.transpose(1, 2).flatten(0, 1)

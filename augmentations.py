@@ -1,7 +1,7 @@
 """Crops, flips and colour: batched tensor operations with random numbers per image.
 
-What is random about a view of an image is a row of numbers, uniform in [0, 1). So a view
-is a function of (seed, epoch, image), whatever else is in the batch. torchvision's
+What is random about a view of an image is a row of numbers, uniform in [0, 1). So a
+view is a function of (seed, epoch, image), whatever else is in the batch. torchvision's
 transforms would draw one set of parameters for the whole batch.
 """
 
@@ -104,9 +104,9 @@ def between(uniforms, low, high):
 def crop_box(uniforms, side, area):
     """A random box inside an image of side × side pixels.
 
-    Its area is uniform between `area`, two fractions of the image's; its aspect ratio is
-    log-uniform. uniforms [B, 4] -> (corner, size), each [B, 2], vertical and horizontal,
-    in pixels, real numbers.
+    Its area is uniform between `area`, two fractions of the image's; its aspect ratio
+    is log-uniform. uniforms [B, 4] -> (corner, size), each [B, 2], vertical and
+    horizontal, in pixels, real numbers.
     """
     pixels = between(uniforms[:, 0], area[0] * side**2, area[1] * side**2)
     low, high = CROP_ASPECT
@@ -125,8 +125,8 @@ def crop_box(uniforms, side, area):
 def box_transforms(corner, size, side):
     """The maps from the pixels of a box to those of the image, for F.affine_grid.
 
-    Both sides of the map are in −1 … 1 from edge to edge, and (x, y) rather than (vertical,
-    horizontal). corner and size [..., 2] -> [..., 2, 3].
+    Both sides of the map are in −1 … 1 from edge to edge, and (x, y) rather than
+    (vertical, horizontal). corner and size [..., 2] -> [..., 2, 3].
     """
     scale = size / side
     centre = (2 * corner + size) / side - 1
@@ -150,7 +150,7 @@ def rotations(angle):
 
 
 def sample(images, transforms, side):
-    """Bilinear samples: images [B, 3, S, S], transforms [B, 2, 3] -> [B, 3, side, side]."""
+    """Bilinear samples of images [B, 3, S, S] by transforms [B, 2, 3], side × side."""
     grid = F.affine_grid(transforms, (len(images), 3, side, side), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -196,9 +196,9 @@ class ColourJitter(nn.Module):
         return self.apply(images / 255, brightness, contrast, saturation, hue)
 
     def parameters_of(self, uniforms):
-        """uniforms [N, 6] -> brightness, contrast, saturation (0 is gray), hue: each [N].
+        """uniforms [N, 6] -> brightness, contrast, saturation and hue, each [N].
 
-        The first three are factors, the hue is an angle in radians.
+        The first three are factors (saturation 0 is gray), the hue is in radians.
         """
         jittered = uniforms[:, 4] < JITTER_PROBABILITY
         change = between(uniforms[:, :4], -1, 1) * jittered[:, None] * self.strength

@@ -53,7 +53,7 @@ def atomic_save(content, path):
 
 
 def read_torch_file(path):
-    """What torch.save wrote, on the CPU; nothing but tensors and plain values is read."""
+    """What torch.save wrote, on the CPU: nothing but tensors and plain values."""
     try:
         if zipfile.is_zipfile(path):
             # torch.load does not look at the checksums of the archive's members.
@@ -66,20 +66,24 @@ def read_torch_file(path):
         raise
     except Exception as error:
         # Arbitrary bytes make zipfile and the unpickler raise almost anything.
-        what = f"is damaged or was not written by torch.save ({first_line(error)})"
-        raise UserError(f"{path} {what}: use another copy") from None
+        raise UserError(
+            f"{path} is damaged or was not written by torch.save ({first_line(error)})",
+            "use another copy",
+        ) from None
 
 
 @contextlib.contextmanager
 def explain_mismatch(path, advice):
-    """Inside, the content of a file is used. Where it does not fit, say so in one line."""
+    """Inside, the content of a file is used; if it does not fit, one line says so."""
     try:
         yield
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         # torch lists every missing key of a state dict: the beginning is enough.
         reason = " ".join(str(error).split())[:200]
-        problem = f"{path} does not fit this run ({type(error).__name__}: {reason})"
-        raise UserError(f"{problem}: {advice}") from None
+        raise UserError(
+            f"{path} does not fit this run ({type(error).__name__}: {reason})",
+            advice,
+        ) from None
 
 
 def cpu_state_dict(module):
@@ -170,14 +174,16 @@ class Experiment:
         return self.observations_dir / f"{self.name}_{ending}"
 
     def lock(self, folder):
-        """Hold the experiment's name in a folder until this process ends, in any way."""
+        """Hold the experiment's name in a folder until this process ends."""
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / f".{self.name}.run.lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:
-            problem = f"another process is running {self.name}"
-            raise UserError(f"{problem}: choose another --experiment-name") from None
+            raise UserError(
+                f"another process is running {self.name}",
+                "choose another --experiment-name",
+            ) from None
         self.locks.append(lock)
 
     def open_checkpoint(self, resume, may_replace=False):
@@ -200,8 +206,10 @@ class Experiment:
             advice = "go on with it by --resume True, or choose another"
             if resume:
                 advice = f"{self.checkpoint_file} is gone, so choose another"
-            problem = f"the name {self.name} is taken ({taken[0]})"
-            raise UserError(f"{problem}: {advice} --experiment-name")
+            raise UserError(
+                f"the name {self.name} is taken ({taken[0]})",
+                f"{advice} --experiment-name",
+            )
         if resume:
             where = self.checkpoint_file
             print(f"there is no {where} yet: starting from the beginning")
@@ -210,8 +218,8 @@ class Experiment:
     def restore_settings(self, parser, argv, checkpoint, changeable):
         """Parse the arguments again, with the checkpoint's settings as the defaults.
 
-        So a flag that is left out keeps the value that the run had. A flag that is given
-        and differs is refused, unless it is among `changeable`.
+        So a flag that is left out keeps the value that the run had. A flag that is
+        given and differs is refused, unless it is among `changeable`.
         """
         known = vars(parser.parse_args(argv))
         with explain_mismatch(self.checkpoint_file, "choose another --experiment-name"):
@@ -235,17 +243,21 @@ class Experiment:
             else:
                 refused.append(change)
         if refused:
-            advice = "leave the flags out, or choose another --experiment-name"
-            problem = f"{self.checkpoint_file} was made with other settings"
-            raise UserError(f"{problem} ({'; '.join(refused)}): {advice}")
+            raise UserError(
+                f"{self.checkpoint_file} was made with other settings "
+                f"({'; '.join(refused)})",
+                "leave the flags out, or choose another --experiment-name",
+            )
         return args
 
     def restore(self, checkpoint, checksum, trainer, state):
         """Put a checkpoint's content where it belongs, if it is of the same images."""
         with explain_mismatch(self.checkpoint_file, "use another copy"):
             if checkpoint["checksum"] != checksum:
-                advice = "give the --data-dir that it was made with"
-                raise UserError(f"{self.checkpoint_file} is of other images: {advice}")
+                raise UserError(
+                    f"{self.checkpoint_file} is of other images",
+                    "give the --data-dir that it was made with",
+                )
             trainer.load_state_dict(checkpoint)
             state.load_state_dict(checkpoint["training"])
 
@@ -287,9 +299,9 @@ PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in o
 def read_weights(name, weights_dir):
     """(file, content) of a path, or of a name under the weights folder.
 
-    Any file of the training scripts or of torchvision will do. The content has the state
-    dicts of PARTS that there are, "settings" ({} of torchvision's) and, where there are
-    any, "classes" and "history".
+    Any file of the training scripts or of torchvision will do. The content has the
+    state dicts of PARTS that there are, "settings" ({} of torchvision's) and, where
+    there are any, "classes" and "history".
     """
     name = os.path.expanduser(name)
     candidates = [
@@ -301,8 +313,10 @@ def read_weights(name, weights_dir):
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         looked_for = ", ".join(str(path) for path in candidates)
-        problem = f"there is no model {name} (looked for {looked_for})"
-        raise UserError(f"{problem}: check the name")
+        raise UserError(
+            f"there is no model {name} (looked for {looked_for})",
+            "check the name",
+        )
 
     content = read_torch_file(path)
     advice = "give a file of these scripts, or the state dict of a torchvision ResNet"
@@ -329,7 +343,7 @@ def model_type_of(trunk):
 
 
 def load_weights(modules, weights, path):
-    """Give modules, a dict by the names in PARTS, the weights that there are of them."""
+    """Give modules, a dict by the names in PARTS, the weights that there are."""
     used = [name for name in modules if name in weights]
     flags = "--model-type, --stem and, in pretraining, --non-linear-head"
     with explain_mismatch(path, f"give the {flags} that it was made with"):

@@ -26,7 +26,8 @@ STL10_SIDE = 96  # pixels
 # At most so many of the unlabelled images that are not trained on.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
-LONGEST_SIDE = 8  # times the shorter one; beyond that, a picture's ends are cut off first
+# Times the shorter one: of longer pictures, the ends are cut off before resizing.
+LONGEST_SIDE = 8
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -39,20 +40,24 @@ def natural_key(text):
 def list_images(folder):
     """The paths of all images of a folder; without any, an error. See find_images()."""
     if not folder.is_dir():
-        advice = "give the folder of your images, or run stl10_data_load.py first"
-        raise UserError(f"{folder} does not exist: {advice}")
+        raise UserError(
+            f"{folder} does not exist",
+            "give the folder of your images, or run stl10_data_load.py first",
+        )
     images = find_images(folder)
     if not images:
-        advice = "give another folder, or run stl10_data_load.py first"
-        raise UserError(f"{folder} holds no images: {advice}")
+        raise UserError(
+            f"{folder} holds no images",
+            "give another folder, or run stl10_data_load.py first",
+        )
     return images
 
 
 def find_images(folder):
     """The paths of all images of a folder, at any depth, in natural order.
 
-    Hidden files and folders are skipped. Other files get a note. Links are followed, but
-    each real folder is searched once, for a link may lead back to a parent.
+    Hidden files and folders are skipped. Other files get a note. Links are followed,
+    but each real folder is searched once, for a link may lead back to a parent.
     """
     images = []
     others = []
@@ -97,7 +102,8 @@ def read_image(path, side):
             high_bytes = np.asarray(image) >> 8
             image = Image.fromarray(high_bytes.astype(np.uint8))
         elif image.mode in ("I", "F"):
-            # A PNG of 16 bits may come as 32; what a file of 32 bits means, nobody knows.
+            # A PNG of 16 bits may come as 32; what a file of 32 bits means, nobody
+            # knows.
             image = from_32_bits(image)
 
         shorter = min(image.size)
@@ -113,11 +119,13 @@ def read_image(path, side):
 
 
 def from_32_bits(image):
-    """A picture of 32-bit numbers as one of 8 bits, if it holds 16 bits; else an error."""
+    """A picture of 32-bit numbers as one of 8 bits, if they are of 16 bits."""
     values = np.asarray(image)
     if image.mode == "I" and values.min() >= 0 and values.max() < 2**16:
         return Image.fromarray((values >> 8).astype(np.uint8))
-    raise ValueError("its pixels are 32-bit numbers of unknown range: save it with 8 bits")
+    raise ValueError(
+        "its pixels are 32-bit numbers of unknown range: save it with 8 bits"
+    )
 
 
 # ---- From files to a tensor ----------------------------------------------------------
@@ -147,7 +155,10 @@ def load_images(files, side, device, description):
         names = ", ".join(sorted(problems)[:10])
         if len(problems) > 10:
             names += f" and {len(problems) - 10} more"
-        raise UserError(f"cannot read {names}: repair or remove them")
+        raise UserError(
+            f"cannot read {names}",
+            "repair or remove them",
+        )
     return torch.from_numpy(images).to(device), zlib.crc32(images)
 
 
@@ -156,9 +167,11 @@ def check_memory(count, side, device):
     needed = count * 3 * side**2
     free = free_memory(device)
     if needed > free:
-        sizes = f"{needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
-        problem = f"{count} images of {side} × {side} pixels take {sizes}"
-        raise UserError(f"{problem}: use a smaller --image-size or fewer images")
+        raise UserError(
+            f"{count} images of {side} × {side} pixels take {needed / 1e9:.3g} GB and "
+            f"{free / 1e9:.3g} GB are free",
+            "use a smaller --image-size or fewer images",
+        )
 
 
 def free_memory(device):
@@ -202,9 +215,9 @@ def load_unlabelled(args, device):
 def load_labelled(folder, side, device, classes=None):
     """The images of <folder>/<class>/…/<image> with their labels.
 
-    Classes are in natural order; classes: the names that these must be among. Images are
-    in the order of their file names, whatever their class: STL-10's keep the order of the
-    release, which its folds refer to. Returns (images uint8 [N, 3, side, side],
+    Classes are in natural order; classes: the names that these must be among. Images
+    are in the order of their file names, whatever their class: STL-10's keep the order
+    of the release, which its folds refer to. Returns (images uint8 [N, 3, side, side],
     labels int64 [N], class names, checksum).
     """
     entries = []
@@ -213,7 +226,7 @@ def load_labelled(folder, side, device, classes=None):
     names = sorted((path.name for path in entries if path.is_dir()), key=natural_key)
     if len(names) < len(entries):
         stray = len(entries) - len(names)
-        print(f"note: {stray} files in {folder} are in no folder of a class and are not used")
+        print(f"note: {stray} files in {folder} are in no class and are not used")
 
     files_of = {}
     for name in names:
@@ -226,12 +239,16 @@ def load_labelled(folder, side, device, classes=None):
         classes = list(files_of)
     for name in files_of:
         if name not in classes:
-            problem = f"{folder / name} is a class without training images"
-            raise UserError(f"{problem}: remove it, or add some")
+            raise UserError(
+                f"{folder / name} is a class without training images",
+                "remove it, or add some",
+            )
     if len(classes) < 2 or not files_of:
-        problem = f"{folder} holds no images, or of one class"
-        advice = "add images of two or more classes, each in a folder"
-        raise UserError(f"{problem}: {advice}, or run stl10_data_load.py first")
+        raise UserError(
+            f"{folder} holds no images, or of one class",
+            "add images of two or more classes, each in a folder, or run "
+            "stl10_data_load.py first",
+        )
 
     labelled_files = [
         (file, classes.index(name)) for name in files_of for file in files_of[name]
@@ -246,7 +263,7 @@ def load_labelled(folder, side, device, classes=None):
 
 
 def class_names(data_dir, folders):
-    """What to call the classes: the lines of class_names.txt, or the folders' own names.
+    """What to call the classes: as class_names.txt says, or as the folders do.
 
     The lines are used where the folders are numbered 1, 2, … by them, as STL-10's are.
     """
@@ -264,8 +281,8 @@ def class_names(data_dir, folders):
 def stratified_split(labels, seed, folder):
     """(train, validation) indices, int64, of labels [N] int64.
 
-    Of every class, 84 % train and 16 % validate: 4,200 and 800 of 5,000. folder is named
-    in the error where there are too few images for that.
+    Of every class, 84 % train and 16 % validate: 4,200 and 800 of 5,000. folder is
+    named in the error where there are too few images for that.
     """
     generator = make_generator("cpu", seed, SPLIT)
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
@@ -276,8 +293,10 @@ def stratified_split(labels, seed, folder):
         validates[members[len(members) - count :]] = True
 
     if not validates.any():
-        problem = f"{folder} has too few images per class to set 16 % apart"
-        raise UserError(f"{problem} for validation: add some")
+        raise UserError(
+            f"{folder} has too few images per class to set 16 % apart for validation",
+            "add some",
+        )
     train = (~validates).nonzero().flatten()
     validation = validates.nonzero().flatten()
     return train, validation

@@ -32,7 +32,8 @@ def with_plain_bn_statistics(trunk, images, batch_size):
 def trunk_features(trunk, images, batch_size, flip=False):
     """Features in eval mode: uint8 [N, 3, S, S] -> float32 [N, d]; flip: mirrored.
 
-    No autocast: the features of a random trunk nearly coincide, and bf16 would merge them.
+    No autocast: the features of a random trunk nearly coincide, and bf16 would merge
+    them.
     """
     trunk.eval()
     features = []

@@ -1,69 +1,135 @@
-"""Features of any folder of images by a trained network, and predictions where it has a softmax layer.
+"""Features of your own images by a trained network, and the classes that it predicts.
 
-python extract_features.py --model exp --images my_pictures --out features.npz     # or --out predictions.csv
+python extract_features.py --model exp --images my_pictures --out features.npz
+python extract_features.py --model exp --images cat.jpg --out predictions.csv
 """
 
 import csv
 from pathlib import Path
 
-import run_helpers as rh
 import numpy as np
 import torch
 
-import dataset_helpers as dh
-import models
+from checkpoints import atomic_write, load_weights, model_type_of, read_weights
+from dataset_helpers import STL10_SIDE, list_images, load_images
+from evaluation import EVALUATION_BATCH, trunk_features
+from models import make_trunk
+from run_helpers import (
+    Parser,
+    UserError,
+    bounded,
+    choose_device,
+    file_path,
+    non_empty,
+    run_script,
+)
 
 
 def parse_args(argv=None):
-    parser = rh.Parser(__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="a .pt or .ckpt file of the training scripts, or a name in the weights folder")
-    add("--images", type=Path, required=True, help="the folder of images; its folders are searched too")
-    out = "features.npz with names, features, classes and probabilities, or predictions.csv"
-    add("--out", type=Path, default=Path("features.npz"), help=out)
-    add("--weights-dir", type=Path, default=Path("weights"), help="the weights folder")
-    add("--image-size", type=rh.between(int, 36, 224), help="side of the images in pixels; None is that of training")
-    add("--batch-size", type=rh.between(int, 1, models.EVALUATION_BATCH), default=128, help="images at a time")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a CUDA GPU if there is one")
-    parser.set_defaults(deterministic=False)
+    # fmt: off
+    add("--model", type=non_empty, required=True,
+        help="a .pt or .ckpt file of the training scripts, the state dict of a "
+             "torchvision ResNet, or a name in the weights folder")
+    add("--images", type=file_path, required=True,
+        help="an image, or a folder of images; its folders are searched too")
+    add("--out", type=file_path, default=Path("features.npz"),
+        help="features.npz with names, features, classes and probabilities, "
+             "or predictions.csv")
+    add("--weights-dir", type=file_path, default=Path("weights"),
+        help="the weights folder")
+    add("--image-size", type=bounded(int, 36, 224),
+        help="images are resized and cropped to this side length; "
+             "defaults to that of the training")
+    add("--batch-size", type=bounded(int, 1, EVALUATION_BATCH), default=128,
+        help="images at a time")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto takes a CUDA GPU if there is one")
+    # fmt: on
+    parser.set_defaults(deterministic=False)  # choose_device() asks for it
     args = parser.parse_args(argv)
     if args.out.suffix not in (".npz", ".csv"):
         parser.error(f"--out {args.out} must end in .npz or .csv")
     return args
 
 
-def main():
-    args = parse_args()
-    device = rh.choose_device(args)
-    path, weights = models.read_weights(args.model, args.weights_dir)
-    settings = weights["settings"]
-    if args.out.suffix == ".csv" and "softmax_layer" not in weights:
-        raise rh.UserError(f"{path} has no softmax layer, so it predicts nothing: use --out features.npz")
-    model_type = settings.get("model_type") or models.model_type_of(weights["trunk"])
-    trunk, dimension = models.make_trunk(model_type, settings.get("stem") or "imagenet")
-    network = models.classifier(trunk, dimension, len(weights.get("classes", ["one"])))
-    models.load_weights(dict(network.named_children()), weights, path)
-    network.to(device, memory_format=torch.channels_last)
-    files = dh.image_files(args.images)
-    images, _ = dh.load_images(files, args.image_size or settings.get("image_size", 96), device, str(args.images))
-    features = models.trunk_features(network.trunk, images, args.batch_size)
-    names = [file.relative_to(args.images).as_posix() for file in files]
+def main(argv=None):
+    args = parse_args(argv)
+    device = choose_device(args)
+
+    # What the model cannot do is said before thousands of images are read.
+    path, weights = read_weights(args.model, args.weights_dir)
+    predicts = "softmax_layer" in weights
+    if args.out.suffix == ".csv" and not predicts:
+        raise UserError(
+            f"{path} has no softmax layer, so it predicts nothing",
+            "use --out features.npz",
+        )
+    trunk, softmax_layer = make_network(path, weights)
+    trunk.to(device, memory_format=torch.channels_last)
+
+    # A trunk is at its best with images of the size that it was trained on.
+    files, names = find_files(args.images)
+    side = args.image_size or weights["settings"].get("image_size", STL10_SIDE)
+    images, _ = load_images(files, side, device, str(args.images))
+
+    features = trunk_features(trunk, images, args.batch_size)  # [N, d]
     result = {"names": np.array(names), "features": features.cpu().numpy()}
-    if "softmax_layer" in weights:
+    if predicts:
+        softmax_layer.to(device)
         with torch.no_grad():
-            probabilities = network.softmax_layer(features).softmax(1).cpu().numpy()
-        result |= {"classes": np.array(weights["classes"]), "probabilities": probabilities}
+            probabilities = softmax_layer(features).softmax(1)  # [N, classes]
+        result["classes"] = np.array(weights["classes"])
+        result["probabilities"] = probabilities.cpu().numpy()
+
     if args.out.suffix == ".npz":
-        with rh.whole_file(args.out) as file:
+        with atomic_write(args.out) as file:
             np.savez(file, **result)
     else:
-        with rh.whole_file(args.out, "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["name", "class", "probability"])
-            predicted = result["classes"][probabilities.argmax(1)]
-            writer.writerows(zip(names, predicted, probabilities.max(1), strict=True))
+        write_predictions(args.out, result)
+    dimension = features.shape[1]
     print(f"wrote {args.out}: {len(files)} images, {dimension} features each")
 
 
+def make_network(path, weights):
+    """(trunk, softmax layer or None) with what read_weights() found in `path`."""
+    settings = weights["settings"]
+    # torchvision's files have no settings; their stem is the usual one.
+    model_type = settings.get("model_type") or model_type_of(weights["trunk"])
+    stem = settings.get("stem") or "imagenet"
+    trunk, dimension = make_trunk(model_type, stem)
+    modules = {"trunk": trunk}
+
+    softmax_layer = None
+    if "softmax_layer" in weights:
+        classes = len(weights["classes"])
+        softmax_layer = torch.nn.Linear(dimension, classes)
+        modules["softmax_layer"] = softmax_layer
+    load_weights(modules, weights, path)
+    return trunk, softmax_layer
+
+
+def find_files(path):
+    """(image files, their names in the result) of an image or a folder of images."""
+    if path.is_file():
+        return [path], [path.name]
+    # Relative to the folder: "cat/1.jpg" and "dog/1.jpg" must not become one name.
+    files = list_images(path)
+    names = [file.relative_to(path).as_posix() for file in files]
+    return files, names
+
+
+def write_predictions(path, result):
+    """A CSV file with the most probable class of every image and its probability."""
+    predicted = result["probabilities"].argmax(1)
+    classes = result["classes"][predicted]
+    probabilities = result["probabilities"].max(1)
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["name", "class", "probability"])
+        writer.writerows(zip(result["names"], classes, probabilities, strict=True))
+
+
 if __name__ == "__main__":
-    rh.run_script(main)
+    run_script(main)

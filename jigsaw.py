@@ -1,4 +1,4 @@
-"""The jigsaw pretext task: nine shuffled patches (paper, section 3.2 and appendix A)."""
+"""The jigsaw pretext task: nine shuffled patches (paper, section 3.2, appendix A)."""
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ class Jigsaw(nn.Module):
     """The pretext view I_t: crop, 3 × 3 grid, a random patch of each cell, shuffled.
 
     A pretext task says how many random numbers an image's view takes (`uniforms`), how
-    many inputs it gives to the network (`inputs_per_image`), what they are (forward) and
-    which head joins their features (make_head).
+    many inputs it gives to the network (`inputs_per_image`), what they are (forward)
+    and which head joins their features (make_head).
     """
 
     inputs_per_image = CELLS
@@ -38,7 +38,8 @@ class Jigsaw(nn.Module):
         """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 85] -> [B·9, 3, P, P].
 
         The result is float32, normalised, channels-last: the nine patches of an image
-        side by side, in the order in which they are presented, each with its own colours.
+        side by side, in the order in which they are presented, each with its own
+        colours.
         """
         sizes = [CROP_UNIFORMS, CELLS * 2, CELLS * COLOUR_UNIFORMS, CELLS]
         split = uniforms.split(sizes, dim=1)
@@ -80,7 +81,7 @@ class JigsawHead(nn.Module):
 
 
 def patch_sizes(side):
-    """(side of a grid cell, side of a patch) in pixels: (32, 30) for images of 96 × 96."""
+    """(side of a grid cell, side of a patch) in pixels: (32, 30) of 96 × 96."""
     cell = side // GRID
     patch = 30 * side // 96
     return cell, min(cell, patch)
@@ -105,8 +106,8 @@ def patch_places(offset_uniforms, order_uniforms, side):
 def sample_patches(images, transforms, patch):
     """images [B, 3, S, S], transforms [B, 9, 2, 3] -> [B·9, 3, P, P].
 
-    One grid_sample per image serves all its patches, as one tall picture of them, so that
-    no image is copied nine times.
+    One grid_sample per image serves all its patches, as one tall picture of them, so
+    that no image is copied nine times.
     """
     count = len(images) * CELLS
     size = (count, 3, patch, patch)

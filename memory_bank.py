@@ -36,9 +36,10 @@ class MemoryBank(nn.Module):
     def draw_negatives(self, index, count, generator):
         """`count` negatives for each image of a batch, none of them twice.
 
-        They are uniform over the other training images. One draw of count + 1 rows serves
-        the whole batch: an image whose own row was drawn does not see that row, and any
-        other image does not see the last row, so each has exactly `count` negatives.
+        They are uniform over the other training images. One draw of count + 1 rows
+        serves the whole batch: an image whose own row was drawn does not see that row,
+        and any other image does not see the last row, so each has exactly `count`
+        negatives.
 
         index [B] int64. Returns (vectors [count + 1, 128],
         excluded [B, count + 1] bool: True where a vector is no negative of that image).

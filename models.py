@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
 TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
-# Numbers in an output of the heads and in a row of the memory bank (paper, section 3.2).
+# Numbers in an output of the heads and in a row of the memory bank (paper, section
+# 3.2).
 VECTOR_SIZE = 128
 
 
@@ -19,8 +20,8 @@ class SmallMapConv2d(nn.Conv2d):
 
     Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution
     multiplies mostly zeros. Here only the taps that touch the map count: the same
-    function of the weights, up to 9 times less work. For kernels of 3 × 3 with padding 1
-    and of 1 × 1 without.
+    function of the weights, up to 9 times less work. For kernels of 3 × 3 with padding
+    1 and of 1 × 1 without.
     """
 
     @staticmethod
@@ -66,8 +67,8 @@ class SmallMapConv2d(nn.Conv2d):
 def make_trunk(model_type, stem="imagenet", zero_init=True):
     """torchvision's ResNet without its last layer: float [B, 3, H, W] -> [B, d].
 
-    stem "small": the first convolution is 3 × 3 with stride 1, for small images, at four
-    times the work. zero_init: every residual block starts as the identity, with a
+    stem "small": the first convolution is 3 × 3 with stride 1, for small images, at
+    four times the work. zero_init: every residual block starts as the identity, with a
     zero-initialised last batch norm (Goyal et al., arXiv:1706.02677, section 5.1).
     Returns (trunk, d), where d is 512, or 2048 for res50.
     """
@@ -78,9 +79,7 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
     if stem == "small":
         trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         # As torchvision initialises its convolutions.
-        nn.init.kaiming_normal_(
-            trunk.conv1.weight, mode="fan_out", nonlinearity="relu"
-        )
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     for module in trunk.modules():
         if isinstance(module, nn.Conv2d):
@@ -92,7 +91,7 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
 
 # ---- PIRL ----------------------------------------------------------------------------
 def linear_head(in_features, non_linear):
-    """The linear layer that ends a head; non_linear: a ReLU and another one behind it."""
+    """The linear layer that ends a head; non_linear: a ReLU and another one follow."""
     layers = [nn.Linear(in_features, VECTOR_SIZE)]
     if non_linear:
         layers.append(nn.ReLU(inplace=True))
@@ -101,7 +100,7 @@ def linear_head(in_features, non_linear):
 
 
 class PIRL(nn.Module):
-    """The trunk φ with head f for images and head g for pretext views (paper, figure 3)."""
+    """The trunk φ, head f for images and head g for pretext views (paper, figure 3)."""
 
     def __init__(self, trunk, head_f, head_g):
         super().__init__()

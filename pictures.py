@@ -1,58 +1,306 @@
-"""Pictures of results: nearest neighbours and the confusion matrix. Both are small PNG files."""
+"""Every picture that the project draws, and the confusion matrix as a table.
 
-import run_helpers as rh
+python pictures.py --data-dir stl10_data --out jigsaw.png --images 4 --seed 0
+
+draws what the network sees of some images in pretraining.
+"""
+
+import csv
+from pathlib import Path
+
 import torch
-from PIL import Image, ImageDraw
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import interpolate
+from torchvision.transforms.functional import (
+    InterpolationMode,
+    resize,
+    resized_crop,
+    to_pil_image,
+)
+from torchvision.utils import make_grid
 
-TILE, FRAME = 64, 4  # pixels of a small photograph and of the frame around it
-RIGHT, WRONG = (44, 160, 44), (214, 39, 40)
+from augmentations import CROP_UNIFORMS, crop_box, unnormalize
+from checkpoints import atomic_write
+from dataset_helpers import STL10_SIDE, list_images, load_images, unlabelled_folder
+from jigsaw import GRID, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
+from run_helpers import VIEWS, Parser, bounded, file_path, make_generator, run_script
+
+GREEN = (44, 160, 44)
+RED = (214, 39, 40)
+BLUE = (31, 119, 180)
+
+TILE = 64  # side of a small photograph, in pixels
+FRAME = 4  # width of the frame around it, and of the gap to the next one
+
+FEW_CLASSES = 20  # of more, the confusion picture shows the shades alone
+LEFT = 130  # pixels for the names of its rows
+TOP = 60  # and for its title and the names of its columns
+MARGIN = 12
+
+
+def parse_args(argv=None):
+    parser = Parser("Draw what the network sees of some images in pretraining.")
+    add = parser.add_argument
+    # fmt: off
+    add("--data-dir", type=file_path, default=Path("stl10_data"),
+        help="the folder with the folder unlabelled")
+    add("--out", type=file_path, default=Path("jigsaw.png"),
+        help="the picture to write")
+    add("--images", type=bounded(int, 1, 100), default=4,
+        help="how many images to show")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=0,
+        help="the seed of the crops, colours and orders")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    cpu = torch.device("cpu")
+
+    # Those that come first in the folder, with the random numbers of a first epoch.
+    files = list_images(unlabelled_folder(args.data_dir))[: args.images]
+    images, _ = load_images(files, STL10_SIDE, cpu, "images")
+
+    pretext = Jigsaw()
+    generator = make_generator(cpu, args.seed, VIEWS, 1)
+    uniforms = torch.rand(len(images), pretext.uniforms, generator=generator)
+    picture = pretext_picture(images.float(), pretext, uniforms)
+
+    save_picture(picture, args.out)
+    content = "each image, its crop with the grid, and the nine shuffled patches"
+    print(f"wrote {args.out}: {content}")
 
 
 def save_picture(image, path):
     """A Pillow image as a PNG of 256 colours: a small file."""
-    with rh.whole_file(path) as file:
-        image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    # Dithering would make noise of plain areas, and a larger file.
+    image = image.quantize(256, dither=Image.Dither.NONE)
+    with atomic_write(path) as file:
+        image.save(file, "PNG", optimize=True)
 
 
-def neighbour_picture(queries, query_labels, found, found_labels, names):
-    """A row per query: the image, then its nearest images, green if of its class and red if not; the class on each.
+# ---- What the network sees in pretraining --------------------------------------------
+def pretext_picture(images, pretext, uniforms):
+    """Every image beside what the network sees of it, two images in a row.
 
-    queries uint8 [Q, 3, S, S], query_labels [Q], found uint8 [Q, k, 3, S, S], found_labels [Q, k]. A Pillow image.
+    Of the jigsaw: the image, its crop with the grid, the nine patches as presented. Of
+    a pretext task with one input per image: the image, then that input.
+
+    images: float32 [B, 3, S, S] in 0 … 255. pretext: a module that turns them and
+    uniforms [B, pretext.uniforms] into inputs [B · pretext.inputs_per_image, 3, P, P].
+    Returns a Pillow image.
     """
-    images = torch.cat([queries[:, None], found], 1).cpu()
-    labels, cell = torch.cat([query_labels[:, None], found_labels], 1).tolist(), TILE + 3 * FRAME
-    picture = Image.new("RGB", (images.shape[1] * cell, len(images) * cell), "white")
-    draw, style = ImageDraw.Draw(picture), {"stroke_width": 1, "stroke_fill": "black", "font_size": 10, "anchor": "ls"}
-    for row, of_row in enumerate(labels):
-        for column, label in enumerate(of_row):
-            x, y, colour = column * cell, row * cell, RIGHT if label == of_row[0] else WRONG
-            draw.rectangle((x, y, x + TILE + 2 * FRAME - 1, y + TILE + 2 * FRAME - 1), colour if column else "white")
-            picture.paste(to_pil_image(images[row, column]).resize((TILE, TILE)), (x + FRAME, y + FRAME))
-            draw.text((x + FRAME + 3, y + TILE), names[label][:12], "white", **style)
+    side = images.shape[-1]
+    columns = [images / 255]
+    if isinstance(pretext, Jigsaw):
+        columns.append(crops_with_grid(images, uniforms))
+
+    inputs = unnormalize(pretext(images, uniforms)).clamp(0, 1)
+    if pretext.inputs_per_image > 1:
+        # The patches of an image become one picture, with gaps about as wide as those
+        # between the patches in the image.
+        cell, patch = patch_sizes(side)
+        gap = cell - patch + 1
+        patches_by_image = inputs.split(pretext.inputs_per_image)
+        mosaics = [
+            make_grid(patches, GRID, padding=gap, pad_value=1)
+            for patches in patches_by_image
+        ]
+        inputs = torch.stack(mosaics)
+    columns.append(inputs)
+
+    # All are shown at twice the size of the images, with pixels that can be seen.
+    enlarged = [interpolate(c, 2 * side, mode="nearest-exact") for c in columns]
+    cells = torch.stack(enlarged, 1)  # [B, columns, 3, 2·S, 2·S]
+    images_per_row = min(2, len(images))
+    cells_per_row = images_per_row * len(columns)
+    sheet = make_grid(cells.flatten(0, 1), cells_per_row, padding=8, pad_value=1)
+    return to_pil_image(sheet)
+
+
+def crops_with_grid(images, uniforms):
+    """The crops that the jigsaw cuts into patches, with white lines between the cells.
+
+    images [B, 3, S, S] in 0 … 255 -> [B, 3, S, S] in 0 … 1.
+    """
+    side = images.shape[-1]
+    corners, sizes = crop_box(uniforms[:, :CROP_UNIFORMS], side, PRETEXT_CROP_AREA)
+    # Whole pixels will do for a picture; rounded down, a crop stays inside its image.
+    corners = corners.int().tolist()
+    sizes = sizes.int().tolist()
+
+    crops = []
+    for image, (top, left), (height, width) in zip(images, corners, sizes, strict=True):
+        crop = resized_crop(image, top, left, height, width, [side, side])
+        crops.append(crop / 255)
+    crops = torch.stack(crops)
+
+    cell, _ = patch_sizes(side)
+    for line in range(cell, GRID * cell, cell):
+        crops[:, :, line - 1 : line + 1, :] = 1
+        crops[:, :, :, line - 1 : line + 1] = 1
+    return crops
+
+
+# ---- Nearest neighbours --------------------------------------------------------------
+def neighbour_picture(queries, query_labels, found, found_labels, names):
+    """A row per query: the image, then its nearest images, each with its class on it.
+
+    The frame of a neighbour is green if it is of the query's class, else red.
+
+    queries uint8 [Q, 3, S, S], query_labels [Q], found uint8 [Q, k, 3, S, S],
+    found_labels [Q, k]. Returns a Pillow image.
+    """
+    images = torch.cat([queries[:, None], found], 1).cpu()  # [Q, 1 + k, 3, S, S]
+    labels = torch.cat([query_labels[:, None], found_labels], 1).cpu()  # [Q, 1 + k]
+    columns = labels.shape[1]
+
+    # A cell is the photograph, the frame around it, and a gap on the right and below.
+    framed = TILE + 2 * FRAME
+    side = framed + FRAME
+    cells = torch.full((*labels.shape, 3, side, side), 255, dtype=torch.uint8)
+    same_class = labels[:, 1:] == labels[:, :1]
+    frames = torch.where(
+        same_class[..., None],
+        torch.tensor(GREEN, dtype=torch.uint8),
+        torch.tensor(RED, dtype=torch.uint8),
+    )  # [Q, k, 3]
+    cells[:, 1:, :, :framed, :framed] = frames[..., None, None]
+    inside = slice(FRAME, FRAME + TILE)
+    tiles = resize(images.flatten(0, 1), [TILE, TILE], InterpolationMode.BICUBIC)
+    cells[..., inside, inside] = tiles.unflatten(0, labels.shape)
+    picture = to_pil_image(make_grid(cells.flatten(0, 1), columns, padding=0))
+
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(10)
+    shown_names = drawable_names(names)
+    for row, labels_of_row in enumerate(labels.tolist()):
+        for column, label in enumerate(labels_of_row):
+            x = column * side + FRAME + 3
+            y = row * side + TILE
+            text = shorten(shown_names[label], font, TILE - 6)
+            # White with a black outline can be read on any photograph.
+            draw.text(
+                (x, y),
+                text,
+                "white",
+                font=font,
+                anchor="ls",
+                stroke_width=1,
+                stroke_fill="black",
+            )
     return picture
 
 
+# ---- The confusion matrix ------------------------------------------------------------
+def confusion_matrix(labels, predictions, count):
+    """How many images of each class (row) were predicted as each class (column).
+
+    labels and predictions int64 [N] -> int64 [count, count], on the CPU.
+    """
+    pairs = labels * count + predictions
+    return torch.bincount(pairs.cpu(), minlength=count**2).view(count, count)
+
+
+def write_confusion_csv(path, labels, predictions, names):
+    """The confusion matrix as a table of counts; the first column is the true class.
+
+    `pandas.read_csv(path, index_col=0)` reads it.
+    """
+    matrix = confusion_matrix(labels, predictions, len(names))
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["true class", *names])
+        for name, counts in zip(names, matrix.tolist(), strict=True):
+            writer.writerow([name, *counts])
+
+
 def confusion_picture(labels, predictions, names):
-    """Per cent of each class (row) by predicted class (column), of labels and predictions int64 [N]. A Pillow image."""
-    count, left, top = len(names), 130, 60
-    few = count <= 20  # of many classes the shades alone are shown
+    """Per cent of each class (row) by predicted class (column), as a Pillow image.
+
+    labels and predictions: int64 [N].
+    """
+    count = len(names)
+    matrix = confusion_matrix(labels, predictions, count)
+    # A class without images has an empty row; the clamp keeps it from being 0 / 0.
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)  # [C, C]
+    few = count <= FEW_CLASSES
     cell = 46 if few else max(4, 920 // count)
-    matrix = torch.bincount((labels * count + predictions).cpu(), minlength=count**2).view(count, count)
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    image = Image.new("RGB", (left + max(count * cell, 300) + 12, top + count * cell + 12), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((8, 8), "true class (rows), predicted class (columns), per cent of the row", "black", font_size=13)
-    for i, name in enumerate(names):
-        y = top + i * cell
-        draw.text((left - 8, y + cell / 2), name[:20], "black", font_size=min(13, cell), anchor="rm")
-        if few:
-            draw.text((left + (i + 0.5) * cell, top - 6), name[:8], "black", font_size=10, anchor="ms")
-        for j, share in enumerate(shares[i].tolist()):
-            x, full = left + j * cell, (31, 119, 180) if i == j else WRONG
-            shade = tuple(round(255 - share * (255 - c)) for c in full)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
-            if few:
-                ink = "white" if share > 0.5 else "black"
-                draw.text((x + cell / 2, y + cell / 2), f"{100 * share:.0f}", ink, font_size=13, anchor="mm")
-    return image
+
+    # Drawn with a pixel per cell, which is then enlarged: blue for what is right, red
+    # for what is not, and the smaller the share, the more white.
+    colours = torch.tensor(RED).repeat(count, count, 1)
+    diagonal = torch.arange(count)
+    colours[diagonal, diagonal] = torch.tensor(BLUE)
+    shades = 255 - shares[..., None] * (255 - colours)  # [C, C, 3]
+    small = Image.fromarray(shades.round().to(torch.uint8).numpy())
+    enlarged = small.resize((count * cell, count * cell), Image.Resampling.NEAREST)
+
+    width = LEFT + max(count * cell, 300) + MARGIN  # the title has its place, too
+    height = TOP + count * cell + MARGIN
+    picture = Image.new("RGB", (width, height), "white")
+    picture.paste(enlarged, (LEFT, TOP))
+
+    draw = ImageDraw.Draw(picture)
+    title = "true class (rows), predicted class (columns), per cent of the row"
+    draw.text((8, 8), title, "black", font_size=13)
+    shown_names = drawable_names(names)
+    font = ImageFont.load_default(min(13, cell))
+    for row, name in enumerate(shown_names):
+        y = TOP + (row + 0.5) * cell
+        text = shorten(name, font, LEFT - 16)
+        draw.text((LEFT - 8, y), text, "black", font=font, anchor="rm")
+
+    if few:
+        label_columns_and_cells(draw, shares.tolist(), shown_names, cell)
+    return picture
+
+
+def label_columns_and_cells(draw, shares, names, cell):
+    """The predicted classes above the columns, and the per cent in each cell."""
+    name_font = ImageFont.load_default(10)
+    number_font = ImageFont.load_default(13)
+    for column, name in enumerate(names):
+        x = LEFT + (column + 0.5) * cell
+        text = shorten(name, name_font, cell - 2)
+        draw.text((x, TOP - 6), text, "black", font=name_font, anchor="ms")
+
+        for row, shares_of_row in enumerate(shares):
+            y = TOP + (row + 0.5) * cell
+            share = shares_of_row[column]
+            ink = "white" if share > 0.5 else "black"
+            number = f"{100 * share:.0f}"
+            draw.text((x, y), number, ink, font=number_font, anchor="mm")
+
+
+# ---- Names ---------------------------------------------------------------------------
+def drawable_names(names):
+    """The names, and in place of those that cannot be drawn the class's number, from 1.
+
+    Pillow's own font has few letters beyond those of English; for all others it draws
+    the same empty box.
+    """
+    font = ImageFont.load_default(13)
+    box = bytes(font.getmask("\uffff"))  # which no font has a letter for
+
+    def can_draw(name):
+        return name != "" and all(bytes(font.getmask(c)) != box for c in name)
+
+    return [
+        name if can_draw(name) else str(number)
+        for number, name in enumerate(names, start=1)
+    ]
+
+
+def shorten(name, font, width):
+    """The name, or as much of its beginning as fits into `width` pixels, and "…"."""
+    if font.getlength(name) <= width:
+        return name
+    while name and font.getlength(name + "…") > width:
+        name = name[:-1]
+    return name + "…"
+
+
+if __name__ == "__main__":
+    run_script(main)

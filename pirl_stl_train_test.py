@@ -1,6 +1,7 @@
 """Pretrain a ResNet without labels by PIRL (Misra & van der Maaten, arXiv:1912.01991).
 
-python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 --experiment-name exp
+python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 \\
+    --experiment-name exp
 """
 
 import math
@@ -235,7 +236,7 @@ def candidate_logits(u, w, negatives, excluded, temperature):
 
 
 def modified_nce(logits):
-    """−log h(u, w), h being the positive's probability (equation 4). [B, 1 + C] -> [B]."""
+    """−log h(u, w), of the positive's probability (equation 4). [B, 1 + C] -> [B]."""
     return -F.log_softmax(logits, dim=1)[:, 0]
 
 
@@ -261,8 +262,8 @@ def nce(logits):
 def pirl_loss(image_vectors, patch_vectors, memory, negatives, excluded, args):
     """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6).
 
-    image_vectors and patch_vectors [B, 128]: what the heads f and g give; memory [B, 128]:
-    the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
+    image_vectors and patch_vectors [B, 128]: what the heads f and g give; memory [B,
+    128]: the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
     candidate_logits(). Returns the loss of each image, float32 [B].
     """
     f = F.normalize(image_vectors.float(), dim=1)  # f(φ(I)),   [B, 128]
@@ -298,8 +299,8 @@ class Pretraining:
     """Network, optimiser and memory bank, and a step of training with them."""
 
     def __init__(self, args, device, images, train_count):
-        """images uint8 [N, 3, S, S] on the device: first `train_count` to train on, then
-        those to validate.
+        """images uint8 [N, 3, S, S] on the device: first `train_count` to train on,
+        then those to validate.
         """
         self.args = args
         self.device = device
@@ -390,8 +391,8 @@ class Pretraining:
         forward = self.forward_batch(index, uniforms, epoch, step)
         image_vectors, losses, correct = forward
 
-        # DistributedDataParallel takes the mean of the ranks' gradients: with the factor,
-        # that is the gradient of the whole batch's mean loss.
+        # DistributedDataParallel takes the mean of the ranks' gradients: with the
+        # factor, that is the gradient of the whole batch's mean loss.
         loss = losses.sum() * RANKS / len(index)
         self.optimizer.zero_grad()
         loss.backward()
@@ -410,8 +411,8 @@ class Pretraining:
         args = self.args
 
         # This rank's share. The last batch of an epoch may have fewer images than there
-        # are ranks; but all ranks meet in a step, so one without a share takes part with
-        # an image that will not count.
+        # are ranks; but all ranks meet in a step, so one without a share takes part
+        # with an image that will not count.
         shares = index.tensor_split(RANKS)
         has_share = len(shares[RANK]) > 0
         local_index = shares[RANK] if has_share else index[:1]
@@ -454,7 +455,7 @@ class Pretraining:
         return all_vectors.detach(), losses, correct
 
     def make_views(self, images, uniforms):
-        """Images uint8 [B, 3, S, S] to the views I [B, 3, S, S] and I_t [B·n, 3, P, P]."""
+        """uint8 [B, 3, S, S] to the views I [B, 3, S, S] and I_t [B·n, 3, P, P]."""
         sizes = [augmentations.IMAGE_VIEW_UNIFORMS, self.pretext.uniforms]
         image_uniforms, pretext_uniforms = uniforms.split(sizes, dim=1)
         images = images.float()
@@ -462,7 +463,7 @@ class Pretraining:
         return view, self.pretext(images, pretext_uniforms)
 
     def exported_trunk(self):
-        """The trunk with the batch-norm statistics of whole, unaugmented training images."""
+        """The trunk with batch-norm statistics of whole, unaugmented images."""
         count = min(self.train_count, STATISTICS_IMAGES)
         return evaluation.with_plain_bn_statistics(
             self.model.trunk, self.images[:count], self.args.batch_size
@@ -478,9 +479,9 @@ def batch_totals(losses, correct):
 
 
 def learning_rate(args, epoch, step, steps):
-    """Linear warm-up, and half a cosine from --lr to 0 over --tmax-for-cos-decay epochs.
+    """Linear warm-up, and half a cosine from --lr to 0.
 
-    After them it stays at 0. step: how many of the epoch's `steps` are done.
+    It is 0 after --tmax-for-cos-decay epochs and stays there. step: how many of the epoch's `steps` are done.
     """
     epochs_done = epoch - 1 + step / steps
     progress = min(epochs_done, args.tmax_for_cos_decay) / args.tmax_for_cos_decay
@@ -494,7 +495,7 @@ def learning_rate(args, epoch, step, steps):
 
 @torch.no_grad()
 def validate(trainer, uniforms, epoch):
-    """(loss, pretext accuracy) of the validation images, or (None, None) without any."""
+    """(loss, pretext accuracy) of the validation images; (None, None) without any."""
     if RANKS > 1:
         # Each rank has the running statistics of its own shares: rank 0's are kept.
         for buffer in trainer.model.buffers():
@@ -521,8 +522,8 @@ def validate(trainer, uniforms, epoch):
 def load_monitor(args, device):
     """What the kNN monitor needs: (images, labels, search, query), or None and a note.
 
-    The labelled training images, split as for fine-tuning: kNN among `search` classifies
-    `query`. No test image is read.
+    The labelled training images, split as for fine-tuning: kNN among `search`
+    classifies `query`. No test image is read.
     """
     folder = args.data_dir / "train"
     try:
@@ -565,26 +566,38 @@ def resolve_defaults(args, device):
         args.tmax_for_cos_decay = args.epochs
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if args.compile and not any(shutil.which(name) for name in compilers):
-        advice = "install g++, or leave --compile out"
-        raise UserError(f"--compile needs a C++ compiler, and none was found: {advice}")
+        raise UserError(
+            "--compile needs a C++ compiler, and none was found",
+            "install g++, or leave --compile out",
+        )
 
 
 def validate_args(args, train_count):
     """Refuse numbers that do not go with the number of images or of ranks."""
     size = args.batch_size
     if train_count < 3:
-        raise UserError(f"{train_count} training images are too few: add images")
+        raise UserError(
+            f"{train_count} training images are too few",
+            "add images",
+        )
     if RANKS > 1 and (size % RANKS or size < 2 * RANKS):
         # Batch norm has no statistics of a single image.
-        problem = f"--batch-size {size} does not give {RANKS} ranks two images or more"
-        raise UserError(f"{problem} each: use a multiple")
+        raise UserError(
+            f"--batch-size {size} does not give {RANKS} ranks two images or more each",
+            "use a multiple",
+        )
     if size > train_count:
-        problem = f"--batch-size {size} is more than the {train_count} training images"
-        raise UserError(f"{problem}: choose a smaller one")
+        raise UserError(
+            f"--batch-size {size} is more than the {train_count} training images",
+            "choose a smaller one",
+        )
     others = train_count - 1
     if args.count_negatives and args.count_negatives > others:
-        problem = f"--count-negatives {args.count_negatives} is more than the {others}"
-        raise UserError(f"{problem} other images: lower it")
+        raise UserError(
+            f"--count-negatives {args.count_negatives} is more than the {others} "
+            "other images",
+            "lower it",
+        )
 
 
 def warm_start(trainer, state, experiment):
@@ -666,13 +679,15 @@ def tensorboard_writer(experiment, epoch):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        problem = "--tensorboard needs a package that is missing"
-        raise UserError(f"{problem}: pip install tensorboard") from None
+        raise UserError(
+            "--tensorboard needs a package that is missing",
+            "pip install tensorboard",
+        ) from None
     return SummaryWriter(experiment.observation("tensorboard"), purge_step=epoch)
 
 
 def export(trainer, state, experiment):
-    """<experiment>.pt: the trunk under torchvision's names, the heads, how they came."""
+    """Write <experiment>.pt: the trunk under torchvision's names, and the heads."""
     if RANK > 0:
         return
     parts = {

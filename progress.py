@@ -25,7 +25,7 @@ class PlainLines(io.TextIOBase):
 
 
 def progress_bar(total, description, unit, done=0, **options):
-    """A tqdm bar on a terminal, elsewhere a plain line a minute; rank 0 alone shows it."""
+    """A tqdm bar on a terminal, elsewhere a plain line a minute; of rank 0 alone."""
     if not sys.stderr.isatty():
         options["file"] = PlainLines()
         options["mininterval"] = 60
@@ -179,7 +179,8 @@ class LoopControl:
         if RANKS == 1:
             return self.signal, checkpoint_due
         # The hosts of GPUs need not wait for one another after every step.
-        if self.trainer.device.type == "cuda" and self.state.step % 16 and not last_step:
+        on_gpu = self.trainer.device.type == "cuda"
+        if on_gpu and self.state.step % 16 and not last_step:
             return 0, False
         wishes = torch.tensor([self.signal, checkpoint_due and RANK == 0])
         distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
@@ -197,8 +198,11 @@ class LoopControl:
         file = self.experiment.checkpoint_file
         if file.exists():
             kept = f"the last checkpoint, {file}, is good"
-        where = f"{self.title} {self.state.epoch}, step {self.state.step} or before"
-        raise UserError(f"the loss is not finite in {where}: {self.advice} ({kept})")
+        raise UserError(
+            f"the loss is not finite in {self.title} {self.state.epoch}, step "
+            f"{self.state.step} or before",
+            f"{self.advice} ({kept})",
+        )
 
     def images_seen(self):
         """In this epoch."""

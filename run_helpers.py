@@ -1,4 +1,4 @@
-"""What all scripts share: one-line errors, arguments, devices, random numbers, ranks."""
+"""What all scripts share: errors, arguments, devices, random numbers, ranks."""
 
 import argparse
 import contextlib
@@ -22,11 +22,17 @@ from torch.distributed.nn.functional import all_reduce
 
 # ---- Errors --------------------------------------------------------------------------
 class UserError(Exception):
-    """Something that the user can solve; its text is "what is wrong: what to do"."""
+    """Something that the user can solve, and how."""
+
+    def __init__(self, problem, advice):
+        super().__init__(f"{problem}: {advice}")
 
 
 def run_script(main):
-    """Call main(). What the user can solve ends in one line; a bug keeps its traceback."""
+    """Call main(). A problem that the user can solve ends in one line.
+
+    A bug keeps its traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         # A terminal's encoding may lack the letters of a file name or of a formula.
         if hasattr(stream, "reconfigure"):
@@ -41,14 +47,19 @@ def run_script(main):
     except UserError as error:
         end(str(error))
     except KeyboardInterrupt:
-        advice = "run the same command again; a training script goes on with --resume True"
-        end(f"interrupted: {advice}", 130)
+        end(
+            "interrupted: run the same command again; a training script goes on with "
+            "--resume True",
+            status=130,
+        )
     except BrokenPipeError:
         # `| head` has read enough, or Ctrl-C has ended `| tee` as well. Python would
         # complain once more when it flushes standard output at its own end.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        advice = "a training script goes on from its last checkpoint with --resume True"
-        end(f"the program that read the output has ended: {advice}")
+        end(
+            "the program that read the output has ended: a training script goes on "
+            "from its last checkpoint with --resume True"
+        )
     except OSError as error:
         where = error.filename or "the system"
         end(f"{where}: {error.strerror or error}: solve this and run the command again")
@@ -56,11 +67,16 @@ def run_script(main):
         reason = first_line(error)
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if out_of_memory or "can't allocate memory" in reason:
-            advice = "choose a smaller --batch-size, --image-size or --model-type"
-            end(f"the memory is full ({reason}): {advice}")
-        if RANKS > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
-            advice = "look for its error, and go on with --resume True"
-            end(f"another rank of this job has ended ({reason}): {advice}")
+            end(
+                f"the memory is full ({reason}): choose a smaller --batch-size, "
+                "--image-size or --model-type"
+            )
+        lost_connection = isinstance(error, distributed.DistError)
+        if RANKS > 1 and (lost_connection or "gloo" in str(error)):
+            end(
+                f"another rank of this job has ended ({reason}): look for its error, "
+                "and go on with --resume True"
+            )
         raise
 
 
@@ -75,7 +91,7 @@ def end(line, status=1):
 
 
 def error_line(text):
-    """ "error: …", or "error (rank 3): …" where there are several ranks; always one line."""
+    """One line: "error: …", or "error (rank 3): …" where there are several ranks."""
     speaker = f"error (rank {RANK})" if RANKS > 1 else "error"
     return f"{speaker}: {' '.join(text.splitlines())}"
 
@@ -86,7 +102,8 @@ def first_line(error):
 
 
 # ---- Ranks: the processes of one job, started by torchrun ----------------------------
-# Clusters leave some of these variables behind; only all four together are a launcher's.
+# Clusters leave some of these variables behind; only all four together are a
+# launcher's.
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -117,8 +134,10 @@ def compare_ranks(*values):
     everyone = [None] * RANKS
     distributed.all_gather_object(everyone, values)
     if any(other != values for other in everyone):
-        advice = "give a --data-dir and a --weights-dir that all of them see"
-        raise UserError(f"the ranks have read different files: {advice}")
+        raise UserError(
+            "the ranks have read different files",
+            "give a --data-dir and a --weights-dir that all of them see",
+        )
 
 
 def gather_rows(rows, counts):
@@ -151,7 +170,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def bool_flag(default):
-    """Keywords of add_argument for a flag that takes True or False; alone it is True."""
+    """Keywords of add_argument for a True or False flag; the flag alone is True."""
     return {
         "type": boolean,
         "nargs": "?",
@@ -177,7 +196,8 @@ def bounded(kind, low, high=10**9):
             value = kind(text)
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+            problem = f"{text!r} is not {expected}"
+            raise argparse.ArgumentTypeError(problem) from None
         if not low <= value <= high:  # never true of NaN
             bounds = f"at least {low} and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
@@ -187,7 +207,7 @@ def bounded(kind, low, high=10**9):
 
 
 def non_empty(text):
-    """An argparse type. An empty text is most often a shell variable that is not set."""
+    """An argparse type. An empty text is often a shell variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: is a shell variable not set?")
     return text
@@ -237,15 +257,19 @@ def add_run_arguments(parser, experiment):
 def choose_device(args):
     """args.device -> torch.device. Sets the process's switches for it."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        advice = "use --device cpu, or check the driver"
-        raise UserError(f"--device cuda was given, but torch sees no CUDA GPU: {advice}")
+        raise UserError(
+            "--device cuda was given, but torch sees no CUDA GPU",
+            "use --device cpu, or check the driver",
+        )
 
     device = torch.device("cpu")
     if args.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            advice = "give torchrun a smaller --nproc-per-node"
-            raise UserError(f"there is no GPU for rank {device.index}: {advice}")
+            raise UserError(
+                f"there is no GPU for rank {device.index}",
+                "give torchrun a smaller --nproc-per-node",
+            )
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not args.deterministic
         # Convolutions in float32 use TF32, which is torch's default; the matrix
@@ -265,7 +289,10 @@ def choose_precision(args, device):
     # torch also emulates bf16 on older cards, which is slower than float32.
     gpu_has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and on_gpu and not gpu_has_bf16:
-        raise UserError("this GPU has no bf16 arithmetic: use --precision fp32")
+        raise UserError(
+            "this GPU has no bf16 arithmetic",
+            "use --precision fp32",
+        )
     if args.precision != "auto":
         return args.precision
     return "bf16" if gpu_has_bf16 else "fp32"

@@ -1,6 +1,6 @@
-"""Train on labelled images after pretraining: the softmax layer, then the whole network.
+"""Train on labelled images: the softmax layer, then the whole network.
 
-python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 --full-fine-tune True \
+python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 --full-fine-tune True \\
     --pirl-model-name exp
 
 Without --pirl-model-name the trunk starts at random: the baseline.
@@ -64,8 +64,8 @@ MOMENTUM = 0.9
 SHOWN_NEIGHBOURS = 5
 
 TABLE_HEADER = (
-    "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy\n"
-    "--- | --- | ---\n"
+    "Fine tuning strategy | Val Classification Accuracy | "
+    "Test Classification Accuracy\n--- | --- | ---\n"
 )
 # The rows of the table, by the names of the results in our files.
 TABLE_ROWS = {
@@ -77,7 +77,9 @@ TABLE_ROWS = {
 
 
 def make_parser():
-    parser = Parser("Train a softmax layer, then the whole network, on labelled images.")
+    parser = Parser(
+        "Train a softmax layer, then the whole network, on labelled images."
+    )
     add_run_arguments(parser, experiment="e1_pirl_sup_")
     # fmt: off
     add = parser.add_argument_group("network").add_argument
@@ -124,9 +126,13 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     if RANKS > 1:
-        advice = "start it without torchrun"
-        raise UserError(f"fine-tuning is small and runs on one process: {advice}")
-    if args.neighbours and (args.neighbours.name in ("", "..") or args.neighbours.is_dir()):
+        raise UserError(
+            "fine-tuning is small and runs on one process",
+            "start it without torchrun",
+        )
+    if args.neighbours and (
+        args.neighbours.name in ("", "..") or args.neighbours.is_dir()
+    ):
         parser.error(f"argument --neighbours: '{args.neighbours}' names no file")
 
     experiment = Experiment(args, "labelled checkpoint")
@@ -159,8 +165,10 @@ def main(argv=None):
         loop.has_checkpoint = True
     half_done = trainer.full_stage_begun and "full" not in trainer.results
     if half_done and not args.full_fine_tune:
-        problem = f"{experiment.checkpoint_file} is from within the full stage"
-        raise UserError(f"{problem}: add --full-fine-tune True")
+        raise UserError(
+            f"{experiment.checkpoint_file} is from within the full stage",
+            "add --full-fine-tune True",
+        )
     full_epochs = 0
     if args.full_fine_tune:
         full_epochs = args.full_epochs or args.epochs
@@ -218,7 +226,7 @@ def main(argv=None):
 
 
 class FineTuning:
-    """The labelled images, the network, its optimiser and schedule, the results so far."""
+    """The labelled images, the network, its optimiser, and the results so far."""
 
     def __init__(self, args, device, path, weights):
         """weights: what read_weights() found in the file `path`; {}: a random trunk."""
@@ -235,8 +243,11 @@ class FineTuning:
         )
         self.train_count = len(self.train)
         if args.batch_size > self.train_count:
-            problem = f"--batch-size {args.batch_size} is more than the"
-            raise UserError(f"{problem} {self.train_count} images: lower it")
+            raise UserError(
+                f"--batch-size {args.batch_size} is more than the {self.train_count} "
+                "images",
+                "lower it",
+            )
 
         self.test_images = None
         self.test_labels = None
@@ -408,7 +419,7 @@ def read_folds(data_dir, count, device):
 
 # ---- The softmax stage, on features that are computed once ---------------------------
 def train_softmax_layer(trainer):
-    """Train the softmax layer on the frozen trunk's features, and measure kNN with them.
+    """Train the softmax layer on the frozen trunk's features; measure kNN.
 
     Returns the metrics of the epochs.
     """
@@ -469,7 +480,7 @@ def train_softmax_layer(trainer):
 
 
 def fit_softmax_layer(features, labels, train, validation, args):
-    """Logistic regression by SGD, from zero; the epoch with the best validation accuracy.
+    """Logistic regression by SGD from zero, up to the best epoch of validation.
 
     features [V, N, d]: V views of all images, of which each epoch takes one per image.
     train and validation index N; validation uses view 0. Returns (a Linear for plain
@@ -516,8 +527,10 @@ def fit_softmax_layer(features, labels, train, validation, args):
                 "images_per_second": None,
             }
             if not torch.tensor([train_loss, val_loss]).isfinite().all():
-                where = f"in epoch {epoch} of the softmax layer"
-                raise UserError(f"the loss is not finite {where}: lower --lr")
+                raise UserError(
+                    f"the loss is not finite in epoch {epoch} of the softmax layer",
+                    "lower --lr",
+                )
             history.append(metrics)
             schedule.step(val_loss)
             if val_accuracy > best_accuracy:
@@ -585,8 +598,8 @@ def print_summary(trainer, full_epochs):
     print(f"  {trainer.device.type}, {args.precision}, seed {args.seed}, {classes}")
     print(f"  {trainer.train_count} images of {side} × {side} pixels, {counts}")
     print(
-        f"  epochs: {args.epochs} for the softmax layer, {full_epochs or 'none'} for the"
-        " whole network",
+        f"  epochs: {args.epochs} for the softmax layer,"
+        f" {full_epochs or 'none'} for the whole network",
         flush=True,
     )
 
@@ -636,7 +649,9 @@ def write_results(trainer, state, experiment):
 
 def results_table(trainer):
     """The reference's table, with further rows of ours, in Markdown."""
-    table = f"{trainer.trunk_name}, images of {trainer.args.data_dir}:\n\n{TABLE_HEADER}"
+    table = (
+        f"{trainer.trunk_name}, images of {trainer.args.data_dir}:\n\n{TABLE_HEADER}"
+    )
     for name, title in TABLE_ROWS.items():
         if name not in trainer.results:
             continue
@@ -663,7 +678,7 @@ def spread(values, scale=100, unit=" %"):
 
 
 def draw_neighbours(trainer, images, labels):
-    """The first image of every class, with its nearest training images, as a picture."""
+    """A picture: the first image of every class, with its nearest training images."""
     firsts = [(labels == label).nonzero()[0].item() for label in labels.unique()]
     shown = torch.tensor(firsts, device=trainer.device)
     _, nearest = evaluation.nearest_neighbours(

@@ -1,118 +1,270 @@
-"""The whole results table: pretraining, both fine-tunings and both baselines from a random trunk, over several seeds.
+"""The whole results table: PIRL and the baselines from a random trunk, over some seeds.
 
-Writes results/<name of data-dir>.md (mean ± standard deviation, times, commands, versions, device) and a picture of the
-learning curves beside it. The runs' files are under results/<name>/; what is finished there is not run again, and what
-was interrupted goes on.
+Each seed pretrains a trunk, then fine-tunes it and a random one. Writes
+results/<name of data-dir>.md (accuracies, times, commands, versions, device) and a
+picture of the learning curves beside it. The runs' files are under results/<name>/;
+what is finished there is not run again, and what was interrupted goes on.
 """
 
-import itertools
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import run_helpers as rh
-import torch
+from benchmarks.compare import (
+    TEST,
+    VALIDATION,
+    accuracy_table,
+    markdown_table,
+    spread,
+)
+from checkpoints import atomic_write, read_torch_file
+from run_helpers import Parser, UserError, bounded, file_path, run_script
 
-import pirl_stl_train_test as pirl
-import train_stl_after_ssl as labelled
-from train_stl_after_ssl import HEADER, ROWS, spread
+ROOT = Path(__file__).parent.parent
+RESULTS = Path("results")
+PRETRAINING = "pirl_stl_train_test.py"
+FINE_TUNING = "train_stl_after_ssl.py"
 
-TIMES = "Stage | Minutes | Minutes from the start until it is done\n--- | --- | ---\n"
-CURVES = {"train_loss": "training loss", "knn_acc": "nearest-neighbour accuracy, training images"}
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")  # of the seeds
-
-
-def parse_args():
-    parser = rh.Parser(__doc__.split("\n")[0])
-    add, count = parser.add_argument, rh.between(int, 1)
-    add("--data-dir", type=Path, default=Path("stl10_data"), help="the folder with the images")
-    add("--seeds", type=count, default=3, help="how many seeds, from 0")
-    add("--epochs", type=count, default=100, help="epochs of pretraining")
-    add("--labelled-epochs", type=count, default=100, help="epochs of each labelled stage")
-    add("--flags", default="", help="further flags of pretraining, in one word: '--lr 0.1 --stem small'")
-    add("--labelled-flags", default="", help="further flags of fine-tuning; full fine-tuning and --lr 0.1 are given")
-    return parser.parse_args()
+# The stages as the README calls them, and as the model files do.
+STAGES = {
+    "kNN": "neighbours",
+    "linear probe (only the softmax layer)": "softmax",
+    "full fine-tuning": "full",
+}
+# The columns of the training record that are drawn.
+CURVES = {
+    "train_loss": "training loss",
+    "knn_acc": "kNN accuracy, labelled training images",
+}
 
 
-def main():
-    args = parse_args()
+def parse_args(argv=None):
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument(
+        "--data-dir",
+        type=file_path,
+        default=Path("stl10_data"),
+        help="the folder with the images",
+    )
+    parser.add_argument(
+        "--seeds", type=bounded(int, 1), default=3, help="how many seeds, from 0"
+    )
+    parser.add_argument(
+        "--epochs", type=bounded(int, 1), default=100, help="epochs of pretraining"
+    )
+    parser.add_argument(
+        "--labelled-epochs",
+        type=bounded(int, 1),
+        default=100,
+        help="epochs of each labelled stage",
+    )
+    parser.add_argument(
+        "--flags",
+        default="",
+        help="more flags of pretraining, in one word: '--lr 0.1 --stem small'",
+    )
+    parser.add_argument(
+        "--labelled-flags",
+        default="",
+        help="more flags of fine-tuning; full fine-tuning and --lr 0.1 are given",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import_figure()  # if it is missing, say so now instead of after hours of training
+
     name = args.data_dir.resolve().name
-    folder, table, picture = (Path("results") / f"{name}{suffix}" for suffix in ("", ".md", ".svg"))
-    first, then = (["--data-dir", str(args.data_dir), "--epochs", str(n)] for n in (args.epochs, args.labelled_epochs))
-    first += shlex.split(args.flags)
-    then += shlex.split(f"--full-fine-tune True --lr 0.1 --patience-for-lr-decay 4 {args.labelled_flags}")
-    pretrained, tuned, random = [], [], []
-    for number in range(args.seeds):
-        trunk, seed = f"pirl_{number}", ["--seed", str(number)]
-        pretrained.append(finished_run(pirl, folder, trunk, first + seed))
-        tuned.append(finished_run(labelled, folder, f"from_{trunk}", [*then, *seed, "--pirl-model-name", trunk]))
-        random.append(finished_run(labelled, folder, f"from_random_{number}", then + seed))
-    if len({run["images"] for run in pretrained}) > 1:
-        raise rh.UserError(f"the runs in {folder} are of different images: remove them")
-    text = f"# {name}: {pretrained[0]['images']} unlabelled training images, {args.seeds} seeds\n\n"
-    text += f"{tables(pretrained, tuned, random)}\n![Learning curves]({name}.svg)\n\nCommands, `--seed` 0 and on:\n\n"
-    for module, flags in ((pirl, first), (labelled, [*then, "--pirl-model-name", "…"]), (labelled, then)):
-        text += f"    python {Path(module.__file__).name} {shlex.join(flags)}\n"
-    text += "".join(f"\n{machine}\n" for machine in sorted({run["machine"] for run in pretrained + tuned + random}))
-    curves = {c: [[(r["epoch"], r[c]) for r in run["rows"] if r[c] is not None] for run in pretrained] for c in CURVES}
-    picture.write_text(curve_picture(curves), "utf-8")
-    table.write_text(text, "utf-8")
+    folder = RESULTS / name
+    data = ["--data-dir", str(args.data_dir)]
+    pretraining_flags = [*data, "--epochs", str(args.epochs), *shlex.split(args.flags)]
+    labelled_flags = [*data, "--epochs", str(args.labelled_epochs)]
+    labelled_flags += shlex.split("--full-fine-tune True --lr 0.1")
+    labelled_flags += shlex.split("--patience-for-lr-decay 4")
+    labelled_flags += shlex.split(args.labelled_flags)
+
+    pretrained = []
+    random = []
+    pirl = []
+    for seed in range(args.seeds):
+        seed_flags = ["--seed", str(seed)]
+        trunk = f"pirl_{seed}"
+
+        flags = pretraining_flags + seed_flags
+        pretrained.append(finished_run(folder, trunk, PRETRAINING, flags))
+
+        flags = [*labelled_flags, *seed_flags, "--pirl-model-name", trunk]
+        pirl.append(finished_run(folder, f"from_{trunk}", FINE_TUNING, flags))
+
+        flags = labelled_flags + seed_flags
+        random.append(finished_run(folder, f"from_random_{seed}", FINE_TUNING, flags))
+
+    # A run that was finished before somebody added images has the same command.
+    image_counts = {run["images"] for run in pretrained}
+    if len(image_counts) > 1:
+        raise UserError(
+            f"the runs in {folder} are of different images",
+            "remove them",
+        )
+
+    picture = RESULTS / f"{name}.svg"
+    draw_curves(pretrained, picture)
+
+    commands = [
+        command_line(PRETRAINING, pretraining_flags),
+        command_line(FINE_TUNING, [*labelled_flags, "--pirl-model-name", "…"]),
+        command_line(FINE_TUNING, labelled_flags),
+    ]
+    text = report(name, pretrained, random, pirl, commands)
+    table = RESULTS / f"{name}.md"
+    with atomic_write(table, "w") as file:
+        file.write(text)
     print(f"\n{text}\nwrote {table} and {picture}")
 
 
-def finished_run(module, folder, name, flags):
-    """The content of folder/weights/<name>.pt, after the run that makes it, or the rest of it, where it is missing."""
-    weights, record = folder / "weights" / f"{name}.pt", folder / f"{name}.sh"
-    flags = [*flags, "--experiment-name", name, "--weights-dir", str(folder / "weights")]
+# ---- The runs ------------------------------------------------------------------------
+def finished_run(folder, name, script, flags):
+    """The content of folder/weights/<name>.pt; where it is missing, run what makes it.
+
+    A run that was interrupted goes on from its checkpoint.
+    """
+    weights = folder / "weights" / f"{name}.pt"
+    record = folder / f"{name}.sh"
+    flags = [*flags, "--experiment-name", name]
+    flags += ["--weights-dir", str(folder / "weights")]
     flags += ["--observations-dir", str(folder / "observations_dir")]
-    command = f"python {Path(module.__file__).name} {shlex.join(flags)}\n"
-    if record.exists() and record.read_text("utf-8") != command:
-        raise rh.UserError(f"{record} is the command of {name}, not {command.strip()}: remove {folder} to run all anew")
+
+    # A finished run is not run again: one with other flags would slip into the table.
+    command = command_line(script, flags)
+    if record.exists() and record.read_text("utf-8") != command + "\n":
+        raise UserError(
+            f"{record} is the command of {name}, not {command}",
+            f"remove {folder} to run all anew",
+        )
+
     if not weights.exists():
-        with rh.whole_file(record, "w") as file:
-            file.write(command)
+        with atomic_write(record, "w") as file:
+            file.write(command + "\n")
         print(f"\n$ {command}", flush=True)
-        if status := subprocess.run([sys.executable, module.__file__, *flags, "--resume", "True"]).returncode:
+        process = [sys.executable, str(ROOT / script), *flags, "--resume", "True"]
+        status = subprocess.run(process).returncode
+        if status != 0:
             sys.exit(status)  # the script has said why
-    return torch.load(weights, map_location="cpu", weights_only=True)
+    return read_torch_file(weights)
 
 
-def tables(pretrained, tuned, random):
-    """The accuracies, and how long it took, as text."""
-    took = [sum(row["seconds"] for row in run["rows"]) for run in pretrained]
-    minutes = spread(took, 1 / 60, "")
-    table, times = HEADER, f"{TIMES}PIRL pretraining with validation and monitor | {minutes} | {minutes}\n"
-    for trunk, runs, done in (("random trunk", random, [0] * len(random)), ("PIRL trunk", tuned, took)):
-        for key in ("neighbours", "softmax", "full"):
-            columns = zip(*(run["results"][key] for run in runs), strict=True)  # validation and test accuracy
-            cells = ["none" if None in column else spread(column) for column in columns]
-            table += " | ".join([f"{ROWS[key]}, {trunk}", *cells]) + "\n"
-            if key != "neighbours":  # those are a part of the softmax stage
-                seconds = [run["seconds"][key] for run in runs]
-                done = [a + b for a, b in zip(done, seconds, strict=True)]
-                times += f"{ROWS[key]}, {trunk} | {spread(seconds, 1 / 60, '')} | {spread(done, 1 / 60, '')}\n"
-    return f"Accuracy of the epoch with the best validation accuracy, mean ± standard deviation.\n\n{table}\n{times}"
+def command_line(script, flags):
+    return f"python {script} {shlex.join(flags)}"
 
 
-def curve_picture(panels):
-    """SVG with a panel per column of the CSV: {column: a list of (epoch, value) for each seed}."""
-    shapes = []
-    for place, (column, curves) in enumerate(panels.items()):
-        points, left = [point for curve in curves for point in curve] or [(1, 0)], 70 + 560 * place
-        last, low, high = max(points)[0], min(v for _, v in points), max(v for _, v in points)
-        shapes.append(f'<text x="{left}" y="25" font-size="16">{CURVES[column]}</text>')
-        for share in (0, 0.5, 1):
-            y, value, epoch = 310 - 260 * share, low + share * (high - low), round(1 + share * (last - 1))
-            shapes.append(f'<path d="M{left} {y}h460" stroke="#ddd"/><text x="{left - 60}" y="{y}">{value:.3f}</text>')
-            shapes.append(f'<text x="{left + 440 * share}" y="335">{"epoch " * (share == 0)}{epoch}</text>')
-        for curve, colour in zip(curves, itertools.cycle(COLOURS)):
-            wide, tall = 460 / max(1, last - 1), 260 / (high - low or 1)
-            line = " ".join(f"{left + (e - 1) * wide:.1f},{310 - (v - low) * tall:.1f}" for e, v in curve)
-            shapes.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {560 * len(panels)} 350" font-family="sans-serif">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *shapes, "</svg>\n"])
+# ---- The report ----------------------------------------------------------------------
+def report(name, pretrained, random, pirl, commands):
+    """The text of results/<name>.md."""
+    machines = {run["machine"] for run in pretrained + random + pirl}
+    image_count = pretrained[0]["images"]
+    seeds = len(pretrained)
+    paragraphs = [
+        f"# {name}: {image_count} unlabelled training images, seeds: {seeds}",
+        *tables(pretrained, random, pirl),
+        f"![Learning curves]({name}.svg)",
+        "Commands, `--seed` 0 and on:",
+        "\n".join(f"    {command}" for command in commands),
+        *sorted(machines),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def tables(pretrained, random, pirl):
+    """Accuracies and times as paragraphs, each argument being one model per seed."""
+    test_columns = {"random trunk": (random, TEST), "PIRL trunk": (pirl, TEST)}
+    validation_columns = {
+        "random trunk": (random, VALIDATION),
+        "PIRL trunk": (pirl, VALIDATION),
+    }
+    how = "in the epoch of the best validation accuracy, mean ± standard deviation"
+    return [
+        f"Accuracy on the test images, {how}:",
+        accuracy_table("method", STAGES, test_columns),
+        "Accuracy on the validation images:",
+        accuracy_table("method", STAGES, validation_columns),
+        "Times; cumulative minutes include the stages before:",
+        time_table(pretrained, random, pirl),
+    ]
+
+
+def time_table(pretrained, random, pirl):
+    """Minutes of each stage, and of all the stages up to its end."""
+    pretraining = [pretraining_seconds(run) for run in pretrained]
+    minutes = spread_minutes(pretraining)
+    rows = [
+        ["stage", "minutes", "cumulative minutes"],
+        ["PIRL pretraining with validation and kNN", minutes, minutes],
+    ]
+
+    starts = {"random trunk": [0.0] * len(random), "PIRL trunk": pretraining}
+    runs_of = {"random trunk": random, "PIRL trunk": pirl}
+    for trunk, runs in runs_of.items():
+        softmax = [run["seconds"]["softmax"] for run in runs]
+        full = [run["seconds"]["full"] for run in runs]
+        after_softmax = add_each(starts[trunk], softmax)
+        after_full = add_each(after_softmax, full)
+
+        # There is no row of kNN: the softmax layer is trained on the same features.
+        probe = f"linear probe (only the softmax layer), {trunk}"
+        rows.append([probe, spread_minutes(softmax), spread_minutes(after_softmax)])
+        fine_tuning = f"full fine-tuning, {trunk}"
+        rows.append([fine_tuning, spread_minutes(full), spread_minutes(after_full)])
+    return markdown_table(rows)
+
+
+def pretraining_seconds(run):
+    return sum(epoch["seconds"] for epoch in run["history"])
+
+
+def add_each(first, second):
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def spread_minutes(seconds):
+    return spread(seconds, scale=1 / 60)
+
+
+# ---- The picture ---------------------------------------------------------------------
+def import_figure():
+    """matplotlib's Figure. Only this module needs matplotlib, so it may be missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "the picture needs matplotlib",
+            "pip install -r requirements-dev.txt",
+        ) from None
+    return Figure
+
+
+def draw_curves(pretrained, path):
+    """A panel for each of CURVES, in it a line for each seed."""
+    figure = import_figure()(figsize=(11, 3.5), layout="constrained")
+    panels = figure.subplots(1, len(CURVES))
+    for panel, (column, title) in zip(panels, CURVES.items(), strict=True):
+        for seed, run in enumerate(pretrained):
+            # kNN accuracy is not measured in every epoch.
+            measured = [row for row in run["history"] if row[column] is not None]
+            epochs = [row["epoch"] for row in measured]
+            values = [row[column] for row in measured]
+            panel.plot(epochs, values, marker=".", label=f"seed {seed}")
+        panel.set_title(title)
+        panel.set_xlabel("epoch")
+        panel.locator_params(axis="x", integer=True)
+        panel.grid(alpha=0.3)
+    if len(pretrained) > 1:
+        panels[0].legend()
+
+    with atomic_write(path) as file:
+        figure.savefig(file, format="svg")
 
 
 if __name__ == "__main__":
-    rh.run_script(main)
+    run_script(main)

@@ -1,165 +1,347 @@
-"""Images per second of the bare network, of this project's training step, and of the conventional pipeline.
+"""Images per second of the bare network, the training step and a usual pipeline.
 
-The bare network is torchvision's ResNet with the heads, forward, backward and optimiser, on fixed random inputs of the
-step's shapes. The conventional pipeline makes the same two views of each image with torchvision's transforms in
-DataLoader workers and feeds that network; loss and memory bank are the project's. Rounds of the three take turns.
+    python -m benchmarks.throughput     # and any flags of pirl_stl_train_test.py
+
+The bare network is torchvision's ResNet with the heads: forward, backward and
+optimiser, on fixed random inputs of the step's shapes. The training step is this
+project's. The conventional pipeline makes the same two views of each image with
+torchvision's transforms in DataLoader workers and feeds that network; loss and memory
+bank are the project's. Rounds of the three take turns.
 """
 
 import itertools
 import os
 import time
-from operator import truediv
 from statistics import median
 
-import run_helpers as rh
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-import dataset_helpers as dh
+import augmentations
 import jigsaw
-import models
-import pirl_stl_train_test as pirl
+import pirl_stl_train_test
+from benchmarks.compare import markdown_table
+from models import SmallMapConv2d
+from run_helpers import (
+    autocast,
+    bool_flag,
+    bounded,
+    choose_device,
+    describe_machine,
+    make_generator,
+    run_script,
+)
 
 IMAGES = 8192
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_args(argv=None):
-    parser = rh.Parser("Images per second. All flags of pirl_stl_train_test.py may be given besides.")
-    add = parser.add_argument
-    add("--rounds", type=rh.between(int, 1), default=5, help="rounds of each of the three")
-    add("--steps", type=rh.between(int, 1), help="steps that count in a round; None is 6, on a GPU 48")
-    add("--conventional", **rh.switch(True), help="whether to measure the conventional pipeline too")
-    args, others = parser.parse_known_args(argv)
-    args.training = pirl.parse_args(others)
-    return args
+    parser = pirl_stl_train_test.make_parser()
+    parser.description = __doc__.split("\n")[0]
+    group = parser.add_argument_group("measurement")
+    group.add_argument(
+        "--rounds", type=bounded(int, 1), default=5, help="rounds of each of the three"
+    )
+    group.add_argument(
+        "--steps",
+        type=bounded(int, 1),
+        help="steps that count in a round; defaults to 6, on a GPU to 48",
+    )
+    group.add_argument(
+        "--conventional",
+        **bool_flag(True),
+        help="whether to measure the conventional pipeline too",
+    )
+    return parser.parse_args(argv)
 
 
+def main(argv=None):
+    args = parse_args(argv)
+    result = measure(args)
+
+    print(
+        f"{args.model_type}, batch {args.batch_size}, {args.image_size} px, "
+        f"{args.precision}, compile {args.compile}"
+    )
+    print(describe_machine(choose_device(args)))
+    rows = [["what", "images/s", "lowest … highest", "time, bare network = 1"]]
+    for name, speeds in result["speeds"].items():
+        extremes = f"{min(speeds):.1f} … {max(speeds):.1f}"
+        time_ratio = f"{result['ratios'][name]:.3f}"
+        rows.append([name, f"{median(speeds):.1f}", extremes, time_ratio])
+    print(f"\n{markdown_table(rows)}")
+
+
+# ---- Measuring -----------------------------------------------------------------------
 def measure(args):
-    """A dict: "speeds" {what: images per second of each round}, "ratios" {what: time, bare network = 1}, and of the
-    training step "memory", its peak in GiB (0 on a CPU), "rate" in TFLOP/s, "share" of a bf16 matrix product's rate."""
-    torch.compiler.reset()  # what was measured before counts against the limit of compilations
-    run, plain, speeds, peaks = make_run(args.training), make_run(args.training), {}, {}
-    plain.images, batch, cuda = run.images, args.training.batch_size, run.device.type == "cuda"
-    for module in [each for each in plain.model.modules() if isinstance(each, models.SmallMapConv2d)]:
-        module.__class__ = nn.Conv2d  # torchvision's own
-    with FlopCounterMode(display=False) as counter:  # of another size, which is never compiled
-        training_step(run, batch + 1)()
-    contestants = {"bare network": lambda: bare_network(plain), "training step": lambda: training_step(run, batch)}
-    steps, side = args.steps or (48 if cuda else 6), 8192 if cuda else 256
+    """Speeds of the contestants, and what the training step asks of the device.
+
+    Returns a dict: "speeds" {contestant: images per second in each round}, "ratios"
+    {contestant: time, the bare network's being 1}, and of the training step "memory",
+    its peak in GiB (0 on a CPU), "rate" in TFLOP/s, and "share", that rate as a
+    fraction of what a matrix product reaches in the same precision.
+    """
+    # What was measured before counts against torch's limit of compilations.
+    torch.compiler.reset()
+    trainer = make_trainer(args, IMAGES)
+    plain = make_trainer(args, IMAGES)  # the network of the other two contestants
+    plain.images = trainer.images  # not twice in memory
+    for module in plain.model.modules():
+        if isinstance(module, SmallMapConv2d):
+            module.__class__ = nn.Conv2d  # torchvision's own
+
+    batch_size = args.batch_size
+    flops_per_image = count_flops(trainer, batch_size + 1) / (batch_size + 1)
+
+    steps = args.steps
+    if steps is None:
+        steps = 48 if trainer.device.type == "cuda" else 6
+    contestants = {
+        "bare network": lambda: bare_network(plain),
+        "training step": lambda: training_step(trainer, batch_size),
+    }
     if args.conventional:
-        steps += -steps % os.cpu_count()  # workers' batches come in waves: whole ones are timed
-        contestants["conventional pipeline"] = lambda: conventional(plain, os.cpu_count(), steps)
-    for name in [*contestants] * args.rounds:
-        seconds, peaks[name] = timed(contestants[name](), steps)
-        speeds.setdefault(name, []).append(steps * batch / seconds)
-    a, b = torch.randn(2, side, side, device=run.device, dtype=torch.bfloat16)
-    product = 20 * 2 * side**3 / timed(lambda: a @ b, 20)[0]
-    rate = counter.get_total_flops() / (batch + 1) * median(speeds["training step"])
-    ratios = {name: median(map(truediv, speeds["bare network"], values)) for name, values in speeds.items()}
-    result = {"speeds": speeds, "ratios": ratios, "memory": peaks["training step"]}
-    return result | {"rate": rate / 1e12, "share": rate / product}
+        # Batches come from the workers in waves: only whole waves are timed.
+        workers = os.cpu_count()
+        steps += -steps % workers
+        contestants["conventional pipeline"] = lambda: conventional(
+            plain, workers, steps
+        )
+
+    # In turns, so that a change of the machine's own speed meets all of them.
+    speeds = {name: [] for name in contestants}
+    peaks = {}
+    for _ in range(args.rounds):
+        for name, make_step in contestants.items():
+            seconds, peaks[name] = timed(make_step(), steps)
+            speeds[name].append(steps * batch_size / seconds)
+
+    rate = flops_per_image * median(speeds["training step"])
+    return {
+        "speeds": speeds,
+        "ratios": {name: time_ratio(speeds, name) for name in contestants},
+        "memory": peaks["training step"],
+        "rate": rate / 1e12,
+        "share": rate / product_rate(trainer.device, DTYPES[args.precision]),
+    }
+
+
+def make_trainer(args, count):
+    """The training script's own trainer, on random images."""
+    device = choose_device(args)
+    pirl_stl_train_test.resolve_defaults(args, device)
+    args.lr = 0.01  # noise cannot be learnt; this does not diverge on it either
+    shape = (count, 3, args.image_size, args.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    return pirl_stl_train_test.Pretraining(args, device, images, count)
+
+
+def count_flops(trainer, batch_size):
+    """Floating point operations of a training step of another size than --batch-size.
+
+    The counter sees nothing of compiled code, and only the usual size is compiled.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step = training_step(trainer, batch_size)
+        step()
+    return counter.get_total_flops()
 
 
 def timed(step, count):
-    """(seconds of `count` calls, after one that does not count; the GPU's peak memory in them in GiB)."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    for calls in (1, count):
-        wait()
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        for _ in range(calls):
-            step()
-    wait()
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+    """Time `count` calls, after one that does not count: it may compile or tune itself.
+
+    Returns (seconds, the GPU's peak memory in them in GiB, 0 without a GPU).
+    """
+    step()
+    synchronize()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronize()
+    seconds = time.perf_counter() - started
+    return seconds, torch.cuda.max_memory_allocated() / 2**30
 
 
-def make_run(settings, count=IMAGES):
-    """A training run as the script makes it, on random images."""
-    device, side, settings.lr = rh.choose_device(settings), settings.image_size, 0.01
-    pirl.settle(settings, device, None)
-    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=device)
-    return pirl.Pretraining(settings, device, images, count)
+def synchronize():
+    """Wait for the GPU, if there is one: its calls return before the work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
-def training_step(run, batch):
+def time_ratio(speeds, name):
+    """A contestant's time, the bare network's in the same round being 1; the median."""
+    pairs = zip(speeds["bare network"], speeds[name], strict=True)
+    return median(bare / own for bare, own in pairs)
+
+
+def product_rate(device, dtype):
+    """FLOP/s of a large matrix product: the yardstick, what the device can reach.
+
+    In float32 it uses TF32 on GPUs that have it, as the convolutions do by default.
+    """
+    on_gpu = device.type == "cuda"
+    side = 8192 if on_gpu else 256
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
+
+    before = torch.get_float32_matmul_precision()
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    products = 20
+    seconds, _ = timed(lambda: a @ b, products)
+    torch.set_float32_matmul_precision(before)
+    return products * 2 * side**3 / seconds
+
+
+# ---- The contestants: each makes a function that does one step -----------------------
+def training_step(trainer, batch_size):
     """The very method that the training loop calls, on another batch each time."""
-    count, draws = len(run.images), run.view_draws(1)
-    batches = itertools.cycle(torch.randperm(count, device=run.device)[: count // batch * batch].split(batch))
-    return lambda: run.step(next(batches), draws, 1, 0)
+    count = len(trainer.images)
+    whole_batches = count // batch_size * batch_size
+    order = torch.randperm(count, device=trainer.device)[:whole_batches]
+    batches = itertools.cycle(order.split(batch_size))
+    uniforms = trainer.epoch_uniforms(1)
+    return lambda: trainer.train_step(next(batches), uniforms, epoch=1, step=0)
 
 
-def plain_step(run, inputs, loss):
-    """Forward, backward and optimiser. loss: a function of f(φ(I)), which is returned, and g(φ(I_t))."""
-    with rh.autocast(run.device, run.args.precision):
-        vectors = run.model.train()(*(each.contiguous(memory_format=torch.channels_last) for each in inputs))
-    loss(*(each.float() for each in vectors)).backward()
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return vectors[0]
+def bare_network(trainer):
+    """Forward, backward and optimiser on inputs that stay the same."""
+    batch_size = trainer.args.batch_size
+    image_side = trainer.args.image_size
+    _, patch_side = jigsaw.patch_sizes(image_side)
+    view = random_input(batch_size, image_side, trainer.device)
+    patches = random_input(batch_size * jigsaw.CELLS, patch_side, trainer.device)
+
+    def step():
+        image_vectors, patch_vectors = forward(trainer, view, patches)
+        loss = image_vectors.square().mean() + patch_vectors.square().mean()
+        backward(trainer, loss)
+
+    return step
 
 
-def bare_network(run):
-    batch, side = run.args.batch_size, run.args.image_size
-    shapes = ((batch, side), (batch * jigsaw.CELLS, jigsaw.patch_sizes(side)[1]))
-    inputs = [torch.randn(count, side, side, 3, device=run.device).permute(0, 3, 1, 2) for count, side in shapes]
-    return lambda: plain_step(run, inputs, lambda f, g: f.square().mean() + g.square().mean())
+def random_input(count, side, device):
+    """float32 [count, 3, side, side], channels-last."""
+    return torch.randn(count, side, side, 3, device=device).permute(0, 3, 1, 2)
+
+
+def forward(trainer, view, patches):
+    """f(φ(I)) and g(φ(I_t)), each float32 [B, 128]."""
+    trainer.model.train()
+    view = view.contiguous(memory_format=torch.channels_last)
+    patches = patches.contiguous(memory_format=torch.channels_last)
+    with autocast(trainer.device, trainer.args.precision):
+        image_vectors, patch_vectors = trainer.model(view, patches)
+    return image_vectors.float(), patch_vectors.float()
+
+
+def backward(trainer, loss):
+    loss.backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
 class PerImageViews:
-    """(index, image view, nine patches), made image by image with torchvision's transforms."""
+    """(index, image view, nine patches) of an image, by torchvision's transforms."""
 
     def __init__(self, images):
-        self.images, side = images, images.shape[-1]
+        """images: uint8 [N, 3, S, S] on the host."""
+        self.images = images
+        side = images.shape[-1]
         self.cell, patch = jigsaw.patch_sizes(side)
-        jitter = transforms.ColorJitter(*[dh.COLOUR_STRENGTH * x for x in (*[dh.COLOUR_RANGE] * 3, dh.HUE)])
-        colour = [transforms.RandomApply([jitter], dh.JITTER_SHARE), transforms.RandomGrayscale(dh.GRAY_SHARE)]
-        colour += [transforms.ToTensor(), transforms.Normalize(dh.MEAN, dh.STD)]
-        crop = transforms.RandomResizedCrop(side, dh.CROP_AREA, dh.CROP_ASPECT)
-        self.image_view = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *colour])
-        self.pretext_crop = transforms.RandomResizedCrop(side, jigsaw.PRETEXT_CROP_AREA, dh.CROP_ASPECT)
+
+        strength = augmentations.COLOUR_STRENGTH
+        jitter = transforms.ColorJitter(
+            brightness=strength * augmentations.COLOUR_RANGE,
+            contrast=strength * augmentations.COLOUR_RANGE,
+            saturation=strength * augmentations.COLOUR_RANGE,
+            hue=strength * augmentations.HUE_RANGE,
+        )
+        colour = [
+            transforms.RandomApply([jitter], augmentations.JITTER_PROBABILITY),
+            transforms.RandomGrayscale(augmentations.GRAY_PROBABILITY),
+            transforms.ToTensor(),
+            transforms.Normalize(augmentations.PIXEL_MEAN, augmentations.PIXEL_STD),
+        ]
+
+        aspect = augmentations.CROP_ASPECT
+        crop = transforms.RandomResizedCrop(side, augmentations.CROP_AREA, aspect)
+        flip = transforms.RandomHorizontalFlip()
+        self.image_view = transforms.Compose([crop, flip, *colour])
+        self.pretext_crop = transforms.RandomResizedCrop(
+            side, jigsaw.PRETEXT_CROP_AREA, aspect
+        )
         self.patch_view = transforms.Compose([transforms.RandomCrop(patch), *colour])
 
-    def __getitem__(self, i):
-        image, c = to_pil_image(self.images[i]), self.cell
-        whole = self.pretext_crop(image)
-        cells = [whole.crop((x, y, x + c, y + c)) for y in range(0, 3 * c, c) for x in range(0, 3 * c, c)]
-        return i, self.image_view(image), torch.stack([self.patch_view(cells[n]) for n in torch.randperm(9)])
+    def __getitem__(self, index):
+        image = to_pil_image(self.images[index])
+        crop = self.pretext_crop(image)
+        patches = []
+        for cell in torch.randperm(jigsaw.CELLS).tolist():
+            top = cell // jigsaw.GRID * self.cell
+            left = cell % jigsaw.GRID * self.cell
+            box = (left, top, left + self.cell, top + self.cell)
+            patches.append(self.patch_view(crop.crop(box)))
+        return index, self.image_view(image), torch.stack(patches)
 
 
-def conventional(run, workers, steps):
-    """Its workers live for a round: they neither disturb the others nor work ahead while those are measured."""
-    data, batch, pin = PerImageViews(run.images.cpu()), run.args.batch_size, run.device.type == "cuda"
-    order = torch.randint(IMAGES, ((3 * workers + steps + 1) * batch,)).tolist()
-    loader = DataLoader(data, batch, None, order, num_workers=workers, prefetch_factor=1, pin_memory=pin)
-    batches, draw = iter(loader), rh.generator(run.device, 0)
+def conventional(trainer, workers, steps):
+    """PerImageViews from DataLoader workers, then a step with the project's loss.
+
+    The workers live for a round: they neither disturb the other contestants nor work
+    ahead while those are measured.
+    """
+    batch_size = trainer.args.batch_size
+    # The loader never runs dry, or its workers would idle in the last steps.
+    batches = 3 * workers + steps + 1
+    order = torch.randint(len(trainer.images), (batches * batch_size,)).tolist()
+    loader = DataLoader(
+        PerImageViews(trainer.images.cpu()),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=workers,
+        prefetch_factor=1,
+        pin_memory=trainer.device.type == "cuda",
+    )
+    loaded = iter(loader)
+    generator = make_generator(trainer.device, 0)
 
     def step():
-        index, view, patches = (part.to(run.device, non_blocking=True) for part in next(batches))
-        negatives, hidden = run.bank.draw_negatives(index, run.negatives, draw)
-        bank, same = (run.bank.vectors[index], negatives, hidden, run.args), index[:, None] == index
-        inputs = view, patches.flatten(0, 1)
-        f = plain_step(run, inputs, lambda f, g: pirl.pirl_loss(f, g, *bank, (f, same))[0].mean())
-        run.bank.update(index, f.detach())
+        index, view, patches = [
+            part.to(trainer.device, non_blocking=True) for part in next(loaded)
+        ]
+        image_vectors, patch_vectors = forward(trainer, view, patches.flatten(0, 1))
 
-    for _ in range(workers):  # the batches that all workers begin with come at once, and do not count
+        bank = trainer.bank
+        count = trainer.negatives
+        negatives, excluded = bank.draw_negatives(index, count, generator)
+        f = F.normalize(image_vectors, dim=1)
+        same_image = index[:, None] == index
+        losses = pirl_stl_train_test.pirl_loss(
+            image_vectors,
+            patch_vectors,
+            bank.vectors[index],
+            torch.cat([negatives, f]),
+            torch.cat([excluded, same_image], 1),
+            trainer.args,
+        )
+        backward(trainer, losses.mean())
+        bank.update(index, image_vectors.detach())
+
+    # The batches that all workers begin with come at once, and do not count.
+    for _ in range(workers):
         step()
     return step
 
 
-def main():
-    args = parse_args()
-    result, run = measure(args), args.training
-    network = f"{run.model_type}, batch {run.batch_size}, {run.image_size} px, {run.precision}, compile {run.compile}"
-    print(network, rh.machine(rh.choose_device(run)), sep="\n")
-    print("\nwhat | images/s | lowest … highest | time, bare network = 1\n--- | --- | --- | ---")
-    for what, values in result["speeds"].items():
-        print(f"{what} | {median(values):.1f} | {min(values):.1f} … {max(values):.1f} | {result['ratios'][what]:.3f}")
-
-
 if __name__ == "__main__":
-    rh.run_script(main)
+    run_script(main)

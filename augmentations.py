@@ -193,7 +193,7 @@ class ColourJitter(nn.Module):
         The result is float32, normalised, channels-last.
         """
         brightness, contrast, saturation, hue = self.parameters_of(uniforms)
-        return self.apply(images / 255, brightness, contrast, saturation, hue)
+        return self.recolour(images / 255, brightness, contrast, saturation, hue)
 
     def parameters_of(self, uniforms):
         """uniforms [N, 6] -> brightness, contrast, saturation and hue, each [N].
@@ -212,7 +212,7 @@ class ColourJitter(nn.Module):
             saturation = saturation.masked_fill(gray, 0)
         return brightness, contrast, saturation, hue
 
-    def apply(self, images, brightness, contrast, saturation, hue):
+    def recolour(self, images, brightness, contrast, saturation, hue):
         """The steps of torchvision's ColorJitter, but clipped only once, at the end.
 
         images [N, 3, H, W] in 0 … 1, parameters [N]; normalised [N, 3, H, W].

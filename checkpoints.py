@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,11 @@ def read_torch_file(path):
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:
+        if "Unsupported global" in str(error):
+            raise UserError(
+                f"{path} holds more than tensors",
+                "load it yourself, and save its state_dict",
+            ) from None
         # Arbitrary bytes make zipfile and the unpickler raise almost anything.
         raise UserError(
             f"{path} is damaged or was not written by torch.save ({first_line(error)})",
@@ -152,6 +158,14 @@ def settings_of(args):
     return settings
 
 
+def shared_settings(args):
+    """The settings that all ranks of a run must have in common."""
+    settings = settings_of(args)
+    for name in NEVER_RESTORED:
+        settings.pop(name, None)
+    return settings
+
+
 class Experiment:
     """The files of one experiment, held by one job at a time. Rank 0 alone writes."""
 
@@ -176,7 +190,9 @@ class Experiment:
     def lock(self, folder):
         """Hold the experiment's name in a folder until this process ends."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / f".{self.name}.run.lock", timeout=0)
+        # A singleton, so that a notebook may call main() again after an error.
+        path = folder / f".{self.name}.run.lock"
+        lock = filelock.FileLock(path, timeout=0, is_singleton=True)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -295,13 +311,20 @@ class Experiment:
 # ---- Weights to start from -----------------------------------------------------------
 PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in our files
 
+# Where other projects keep the weights in their checkpoints.
+WRAPPERS = ("state_dict", "model", "teacher", "student", "backbone", "net", "network")
+# Of two encoders, the one that is trained by gradients is meant (DINO's is its
+# teacher).
+SECOND_ENCODERS = ("encoder_k", "momentum", "key", "target", "student", "ema")
+TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+
 
 def read_weights(name, weights_dir):
     """(file, content) of a path, or of a name under the weights folder.
 
-    Any file of the training scripts or of torchvision will do. The content has the
-    state dicts of PARTS that there are, "settings" ({} of torchvision's) and, where
-    there are any, "classes" and "history".
+    Any file of the training scripts will do, and other projects' ResNets under
+    torchvision's names. The content has the state dicts of PARTS that there are,
+    "settings" ({} of other projects) and, where there are any, "classes" and "history".
     """
     name = os.path.expanduser(name)
     candidates = [
@@ -319,11 +342,10 @@ def read_weights(name, weights_dir):
         )
 
     content = read_torch_file(path)
-    advice = "give a file of these scripts, or the state dict of a torchvision ResNet"
+    advice = "give a file of these scripts, or of a ResNet under torchvision's names"
     with explain_mismatch(path, advice):
-        if "conv1.weight" in content:
-            trunk = {k: v for k, v in content.items() if not k.startswith("fc.")}
-            return path, {"trunk": trunk, "settings": {}}
+        if "trunk" not in content or "settings" not in content:
+            return path, {"trunk": find_trunk(content), "settings": {}}
         weights = {"trunk": content["trunk"], "settings": dict(content["settings"])}
         for key in (*PARTS, "classes", "history"):
             if key in content:
@@ -331,6 +353,69 @@ def read_weights(name, weights_dir):
         if "training" in content:  # a checkpoint
             weights["history"] = content["training"]["history"]
         return path, weights
+
+
+def find_trunk(content):
+    """The ResNet in another project's checkpoint, under torchvision's names.
+
+    MoCo, SwAV, DINO, SimCLR, solo-learn, SupContrast, lightly, timm and others wrap the
+    network in modules of their own, DistributedDataParallel or torch.compile: every
+    name begins with theirs, such as module.encoder_q. What is there before the name of
+    the first convolution is taken off all names.
+    """
+    state_dicts = {"": content}
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            state_dicts[key] = content[key]
+
+    found = {}
+    for where, state_dict in state_dicts.items():
+        state_dict = named_like_torchvision(state_dict)
+        for name, value in state_dict.items():
+            # The first convolution alone has three input channels.
+            is_stem = name.endswith("conv1.weight") and value.shape[1:2] == (3,)
+            if is_stem:
+                prefix = name.removesuffix("conv1.weight")
+                found[f"{where}: {prefix}" if where else prefix] = (prefix, state_dict)
+
+    first_choice = [k for k in found if not any(word in k for word in SECOND_ENCODERS)]
+    choice = first_choice or list(found)
+    if len(choice) != 1:
+        if not found:
+            raise ValueError("it holds no ResNet")
+        raise ValueError(f"it holds several networks ({', '.join(found)})")
+
+    prefix, state_dict = found[choice[0]]
+    if choice[0]:
+        print(f'using the weights whose names begin with "{choice[0]}"')
+    trunk = {}
+    for name, value in state_dict.items():
+        short = name.removeprefix(prefix)
+        if name.startswith(prefix) and short.split(".")[0] in TRUNK_LAYERS:
+            trunk[short] = value
+    return trunk
+
+
+def named_like_torchvision(state_dict):
+    """Rename what is a ResNet's layer under another name: a dict of tensors alone."""
+    renamed = {}
+    for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        # SupContrast's name of the same layer.
+        name = name.replace(".shortcut.", ".downsample.")
+        # lightly's examples put the layers in a Sequential, whose fourth is layer1.
+        name = re.sub(r"^(.*backbone\.)(\d)\.", sequential_name, name)
+        renamed[name] = value
+    return renamed
+
+
+def sequential_name(match):
+    names = {"0": "conv1", "1": "bn1"}
+    for number in range(1, 5):
+        names[str(number + 3)] = f"layer{number}"
+    prefix, index = match.groups()
+    return f"{prefix}{names.get(index, index)}."
 
 
 def model_type_of(trunk):

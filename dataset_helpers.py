@@ -8,6 +8,8 @@ import contextlib
 import math
 import os
 import re
+import shutil
+import tempfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +19,19 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
+from torch import distributed
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from progress import progress_bar
-from run_helpers import SPLIT, UserError, make_generator
+from run_helpers import (
+    LOCAL_RANK,
+    LOCAL_RANKS,
+    RANK,
+    RANKS,
+    SPLIT,
+    UserError,
+    make_generator,
+)
 
 STL10_SIDE = 96  # pixels
 # At most so many of the unlabelled images that are not trained on.
@@ -28,6 +39,8 @@ VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
 # Times the shorter one: of longer pictures, the ends are cut off before resizing.
 LONGEST_SIDE = 8
+# Bytes that a step needs beside the images: weights, memory bank, activations.
+RESERVED_ON_CARD = 1.5e9
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -129,13 +142,33 @@ def from_32_bits(image):
 
 
 # ---- From files to a tensor ----------------------------------------------------------
-def load_images(files, side, device, description):
+def load_images(files, side, device, description, shared=False):
     """(uint8 [N, 3, side, side] on `device`, a CRC-32 of it) of image files, in order.
 
-    They are decoded by a thread per core. Files that cannot be read are named together.
+    shared: all ranks call this, and those of a node have one copy of the images, where
+    these are on the host.
     """
-    check_memory(len(files), side, device)
-    images = np.empty((len(files), 3, side, side), np.uint8)
+    shape = (len(files), 3, side, side)
+    shared = shared and device.type == "cpu" and LOCAL_RANKS > 1
+    check_memory(shape, device, copies=1 if shared else LOCAL_RANKS)
+
+    if not shared:
+        images = torch.empty(shape, dtype=torch.uint8)
+        decode(files, images.numpy(), description)
+    else:
+        images = memory_of_this_node(shape)
+        if LOCAL_RANK == 0:
+            decode(files, images.numpy(), description)
+        distributed.barrier()  # until they are there
+    return images.to(device), zlib.crc32(images.numpy())
+
+
+def decode(files, images, description):
+    """Read image files into the rows of an array, by a thread per core.
+
+    images: numpy, uint8 [N, 3, S, S]. Files that cannot be read are named together.
+    """
+    side = images.shape[-1]
     problems = []
 
     def read(row):
@@ -155,37 +188,90 @@ def load_images(files, side, device, description):
         names = ", ".join(sorted(problems)[:10])
         if len(problems) > 10:
             names += f" and {len(problems) - 10} more"
-        raise UserError(
-            f"cannot read {names}",
-            "repair or remove them",
-        )
-    return torch.from_numpy(images).to(device), zlib.crc32(images)
+        raise UserError(f"cannot read {names}", "repair or remove them")
 
 
-def check_memory(count, side, device):
-    """Refuse images that do not fit, before an hour is spent on decoding them."""
+def memory_of_this_node(shape):
+    """A uint8 tensor on the host, in memory that the ranks of a node share.
+
+    It is mapped from a temporary file, which has no name any more once all have it, and
+    so disappears with the job.
+    """
+    size = math.prod(shape)
+    path = None
+    if LOCAL_RANK == 0:
+        # Where the file system is full, writing to the memory would crash.
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if free < size:
+            raise UserError(
+                f"{tempfile.gettempdir()} has {free / 1e9:.3g} GB free, and the images "
+                f"take {size / 1e9:.3g} GB",
+                "let TMPDIR name a larger folder",
+            )
+        descriptor, path = tempfile.mkstemp(prefix="pirl_images_")
+        os.close(descriptor)
+
+    # torchrun numbers the ranks of a node in a row, local rank 0 first.
+    paths = [None] * RANKS
+    distributed.all_gather_object(paths, path)
+    path = paths[RANK - LOCAL_RANK]
+    images = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    distributed.barrier()
+    if LOCAL_RANK == 0:
+        os.remove(path)
+    return images.view(shape)
+
+
+def place_images(wish, count, side, device):
+    """Where a run keeps its images: on the training device or on the host.
+
+    wish: "device", "host" or "auto", which is the device if they fit there.
+    """
+    host = torch.device("cpu")
+    if device.type == "cpu" or wish == "host":
+        return host
     needed = count * 3 * side**2
-    free = free_memory(device)
+    free = free_memory(device) - RESERVED_ON_CARD
+    if wish == "auto" and needed > free:
+        sizes = f"{needed / 1e9:.3g} GB, and the card has room for {free / 1e9:.3g} GB"
+        print(f"note: the images stay on the host: they take {sizes}")
+        return host
+    return device
+
+
+def check_memory(shape, device, copies):
+    """Refuse images that do not fit, before an hour is spent on decoding them.
+
+    copies: how many are made on this node, one by each rank.
+    """
+    needed = math.prod(shape)
+    free = free_memory(torch.device("cpu")) / copies
+    advice = "use a smaller --image-size or fewer images"
+    if device.type == "cuda":
+        free_on_card = free_memory(device) - RESERVED_ON_CARD
+        if free_on_card < free:
+            free = free_on_card
+            advice = f"in pretraining, use --images-on host; else {advice}"
     if needed > free:
+        count, _, side, _ = shape
         raise UserError(
             f"{count} images of {side} × {side} pixels take {needed / 1e9:.3g} GB and "
-            f"{free / 1e9:.3g} GB are free",
-            "use a smaller --image-size or fewer images",
+            f"there is room for {max(free, 0) / 1e9:.3g} GB",
+            advice,
         )
 
 
 def free_memory(device):
-    """Bytes that are free on the host, and on the card if that is less."""
-    free = math.inf
+    """Free bytes on the host, or on the card."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
     # Only Linux has this file; elsewhere the system itself will refuse.
     with contextlib.suppress(OSError, TypeError):
         meminfo = Path("/proc/meminfo").read_text()
         kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]
-        free = 1024 * int(kilobytes)
-    if device.type == "cuda":
-        free_on_card, _ = torch.cuda.mem_get_info(device)
-        free = min(free, free_on_card)
-    return free
+        return 1024 * int(kilobytes)
+    return math.inf
 
 
 def unlabelled_folder(data_dir):
@@ -197,8 +283,8 @@ def load_unlabelled(args, device):
     """The unlabelled images that a run uses: those to train on, then those to validate.
 
     Training images are a random 70 %, or all with --only-train; at most 4,096 of the
-    others validate. Returns (images uint8 [N, 3, S, S] on `device`, the number of
-    training images, checksum).
+    others validate. Returns (images uint8 [N, 3, S, S] on `device` or on the host, the
+    number of training images, checksum).
     """
     folder = unlabelled_folder(args.data_dir)
     files = list_images(folder)
@@ -208,7 +294,13 @@ def load_unlabelled(args, device):
     order = torch.randperm(len(files), generator=generator).tolist()
     used = order[: train_count + VALIDATION_IMAGES]
     files = [files[row] for row in used]
-    images, checksum = load_images(files, args.image_size, device, folder.name)
+
+    side = args.image_size
+    place = place_images(args.images_on, len(files), side, device)
+    print(
+        f"{len(files)} images take {len(files) * 3 * side**2 / 1e9:.3g} GB", flush=True
+    )
+    images, checksum = load_images(files, side, place, folder.name, shared=True)
     return images, train_count, checksum
 
 

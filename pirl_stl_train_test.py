@@ -7,6 +7,9 @@ python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 \\
 import math
 import os
 import shutil
+import sysconfig
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +25,12 @@ from checkpoints import (
     TrainingState,
     load_weights,
     read_weights,
+    shared_settings,
 )
 from jigsaw import Jigsaw
 from memory_bank import MemoryBank
 from progress import LoopControl
+from rotation import JigsawRotation, Rotation
 from run_helpers import (
     BANK,
     INITIAL_WEIGHTS,
@@ -47,17 +52,25 @@ from run_helpers import (
     gather_rows,
     join_ranks,
     make_generator,
+    make_optimizer,
+    make_scaler,
     non_empty,
+    note_on_precision,
     run_script,
+    to_device,
 )
 
 DEFAULT_NEGATIVES = 6400
+PRETEXTS = {
+    "jigsaw": Jigsaw,
+    "rotation": Rotation,
+    "jigsaw-rotation": JigsawRotation,
+}
 # For the exported batch-norm statistics, at most so many training images are enough.
 STATISTICS_IMAGES = 4096
 # The gradient's norm is above 10 at first. Clipped, a step has the length 2 · lr then,
 # whatever the loss is.
 MAX_GRADIENT_NORM = 2.0
-MOMENTUM = 0.9
 
 
 def make_parser():
@@ -73,6 +86,8 @@ def make_parser():
         help="smallest crop of the image view, as a fraction of the image's area")
     add("--colour-strength", type=bounded(float, 0, 2), default=0.5,
         help="strength of the colour jitter, 0 for none")
+    add("--images-on", choices=["auto", "device", "host"], default="auto",
+        help="where the images are kept; auto: on the device if they fit there")
 
     add = parser.add_argument_group("network").add_argument
     add("--model-type", choices=[*models.TRUNKS], default="res18",
@@ -88,6 +103,8 @@ def make_parser():
         help="whether to use torch.compile for the trunk and the augmentations")
 
     add = parser.add_argument_group("loss").add_argument
+    add("--pretext", choices=[*PRETEXTS], default="jigsaw",
+        help="the pretext task")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
         help="nce is the paper's equation 5")
     add("--positive", choices=["bank", "pair"], default="bank",
@@ -152,6 +169,7 @@ def main(argv=None):
     check_flags(parser, args)
 
     device = choose_device(args)
+    note_on_precision(args, device)
     resolve_defaults(args, device)
     join_ranks(device)
     images, train_count, checksum = dataset_helpers.load_unlabelled(args, device)
@@ -172,7 +190,7 @@ def main(argv=None):
     elif args.warm_start:
         warm_start(trainer, state, experiment)
         save()  # in the place of the one that an earlier run of this name has left
-    compare_ranks(checksum, state.epoch, state.step)
+    compare_ranks(shared_settings(args), checksum, state.epoch, state.step)
 
     labelled = None
     writer = None
@@ -312,7 +330,7 @@ class Pretraining:
             self.negatives = min(DEFAULT_NEGATIVES, train_count - 1)
 
         self.image_view = augmentations.ImageView(args.crop_area, args.colour_strength)
-        self.pretext = Jigsaw(args.colour_strength)
+        self.pretext = PRETEXTS[args.pretext](args.colour_strength)
         self.image_view.to(device)
         self.pretext.to(device)
 
@@ -325,8 +343,10 @@ class Pretraining:
 
         self.network = self.model
         if RANKS > 1:
-            # Each rank normalises its own share of a batch; running statistics are
-            # compared before validation.
+            # Its warning about the strides of 1 × 1 convolutions costs nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            # Each rank normalises its own share of a batch; before validation, they
+            # take over the running statistics of rank 0.
             self.network = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False
             )
@@ -334,13 +354,9 @@ class Pretraining:
             self.model.trunk.compile(dynamic=False)
             self.make_views = torch.compile(self.make_views, dynamic=False)
 
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=args.lr,
-            momentum=MOMENTUM,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+        parameters = self.model.parameters()
+        self.optimizer = make_optimizer(parameters, args.lr, args.weight_decay)
+        self.scaler = make_scaler(device, args.precision)
 
         generator = make_generator(device, args.seed, BANK)
         size = (len(images), models.VECTOR_SIZE)
@@ -353,6 +369,7 @@ class Pretraining:
             "head_f": self.model.head_f.state_dict(),
             "head_g": self.model.head_g.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "bank": self.bank.state_dict(),
         }
 
@@ -361,13 +378,16 @@ class Pretraining:
         self.model.head_f.load_state_dict(saved["head_f"])
         self.model.head_g.load_state_dict(saved["head_g"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            # Both are of fp16: a resumed run may have changed its precision.
+            self.scaler.load_state_dict(saved["scaler"])
         self.bank.load_state_dict(saved["bank"])
 
     def epoch_batches(self, epoch):
-        """The training images in this epoch's order: a list of int64 [B] indices."""
+        """The training images in this epoch's order: int64 [B] indices on the host."""
         generator = make_generator("cpu", self.args.seed, ORDER, epoch)
         order = torch.randperm(self.train_count, generator=generator)
-        return order.to(self.device).split(self.args.batch_size)
+        return order.split(self.args.batch_size)
 
     def epoch_uniforms(self, epoch):
         """A row of random numbers in [0, 1) for the two views of every image, [N, 96].
@@ -382,7 +402,8 @@ class Pretraining:
     def train_step(self, index, uniforms, epoch, step):
         """One step of SGD on the images `index` [B], then the bank's update.
 
-        Returns [sum of the losses, number of correct pretext answers], on the device.
+        index is on the host, uniforms [N, 96] on the device; nothing here waits for the
+        device. Returns [sum of the losses, number of correct pretext answers], there.
         """
         self.model.train()
         lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
@@ -395,11 +416,14 @@ class Pretraining:
         # factor, that is the gradient of the whole batch's mean loss.
         loss = losses.sum() * RANKS / len(index)
         self.optimizer.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        # The norm to clip is that of the gradient itself, not of the scaled one.
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
-        self.bank.update(index, image_vectors)
+        self.bank.update(to_device(index, self.device), image_vectors)
         return batch_totals(losses, correct)
 
     def forward_batch(self, index, uniforms, epoch, step):
@@ -418,7 +442,9 @@ class Pretraining:
         local_index = shares[RANK] if has_share else index[:1]
 
         # Two views of each image, and the network.
-        images = self.images.index_select(0, local_index)
+        images = self.take_images(local_index)
+        index = to_device(index, self.device)
+        local_index = to_device(local_index, self.device)
         uniforms = uniforms.index_select(0, local_index)
         # Compiled code serves the full batches of training; the few others would each
         # need a compilation of their own.
@@ -454,6 +480,16 @@ class Pretraining:
             correct = correct & False
         return all_vectors.detach(), losses, correct
 
+    def take_images(self, index):
+        """The images `index` [B], an index on the host, as uint8 on the device."""
+        if self.images.device == self.device:
+            return self.images.index_select(0, to_device(index, self.device))
+        # From pinned memory, the copy to the device goes on while the host does.
+        size = (len(index), *self.images.shape[1:])
+        batch = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self.images, 0, index, out=batch)
+        return batch.to(self.device, non_blocking=True)
+
     def make_views(self, images, uniforms):
         """uint8 [B, 3, S, S] to the views I [B, 3, S, S] and I_t [B·n, 3, P, P]."""
         sizes = [augmentations.IMAGE_VIEW_UNIFORMS, self.pretext.uniforms]
@@ -465,8 +501,9 @@ class Pretraining:
     def exported_trunk(self):
         """The trunk with batch-norm statistics of whole, unaugmented images."""
         count = min(self.train_count, STATISTICS_IMAGES)
+        images = self.images[:count].to(self.device)
         return evaluation.with_plain_bn_statistics(
-            self.model.trunk, self.images[:count], self.args.batch_size
+            self.model.trunk, images, self.args.batch_size
         )
 
 
@@ -481,7 +518,8 @@ def batch_totals(losses, correct):
 def learning_rate(args, epoch, step, steps):
     """Linear warm-up, and half a cosine from --lr to 0.
 
-    It is 0 after --tmax-for-cos-decay epochs and stays there. step: how many of the epoch's `steps` are done.
+    It is 0 after --tmax-for-cos-decay epochs and stays there. step: how many of the
+    epoch's `steps` are done.
     """
     epochs_done = epoch - 1 + step / steps
     progress = min(epochs_done, args.tmax_for_cos_decay) / args.tmax_for_cos_decay
@@ -506,14 +544,14 @@ def validate(trainer, uniforms, epoch):
 
     trainer.model.eval()
     first = trainer.train_count
-    index = torch.arange(first, first + count, device=trainer.device)
+    index = torch.arange(first, first + count)
     totals = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     for number, batch in enumerate(index.split(trainer.args.batch_size)):
         # Counted on from the epoch's steps, for negatives of their own.
         step = trainer.steps_per_epoch + number
         forward = trainer.forward_batch(batch, uniforms, epoch, step)
         image_vectors, losses, correct = forward
-        trainer.bank.update(batch, image_vectors)
+        trainer.bank.update(to_device(batch, trainer.device), image_vectors)
         totals += batch_totals(losses, correct)
     loss, accuracy = (totals / count).tolist()
     return loss, accuracy
@@ -564,11 +602,23 @@ def resolve_defaults(args, device):
     args.precision = choose_precision(args, device)
     if args.tmax_for_cos_decay is None:
         args.tmax_for_cos_decay = args.epochs
+    if args.compile:
+        check_compiler()
+
+
+def check_compiler():
+    """Refuse --compile where torch.compile would fail, in the middle of a step."""
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    if args.compile and not any(shutil.which(name) for name in compilers):
+    if not any(shutil.which(name) for name in compilers):
         raise UserError(
             "--compile needs a C++ compiler, and none was found",
             "install g++, or leave --compile out",
+        )
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not headers.exists():
+        raise UserError(
+            f"--compile needs Python's headers, and there is no {headers}",
+            "install them (python3-dev), or leave --compile out",
         )
 
 
@@ -632,7 +682,7 @@ def print_summary(trainer, state):
     if trainer.negatives == trainer.train_count - 1:
         negatives += " (all other training images)"
 
-    print(f"{args.experiment_name}: PIRL, {args.model_type}, {where}")
+    print(f"{args.experiment_name}: PIRL, {args.pretext}, {args.model_type}, {where}")
     print(
         f"  {trainer.train_count} training images of {side} × {side} pixels,"
         f" {to_validate} for validation"

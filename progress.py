@@ -4,6 +4,7 @@ import io
 import math
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -13,7 +14,13 @@ from tqdm import tqdm
 
 from run_helpers import RANK, RANKS, UserError, leave_ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Slurm and other schedulers send SIGUSR1 or SIGTERM, a lost connection SIGHUP. Windows
+# has not all of them.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+]
 
 
 class PlainLines(io.TextIOBase):
@@ -46,7 +53,7 @@ def progress_bar(total, description, unit, done=0, **options):
 class LoopControl:
     """Controls a training loop between its steps.
 
-    Inside its `with` block, SIGTERM and Ctrl-C are noted and do nothing by themselves:
+    Inside its `with` block, SIGTERM, Ctrl-C and their like only leave a note:
     the loop asks for them where it can be left, so none comes in the middle of a step,
     of validation or of a file. All ranks leave it together.
     """
@@ -75,8 +82,13 @@ class LoopControl:
         self.handlers_before = {}
 
     def __enter__(self):
-        for number in SIGNALS:
-            self.handlers_before[number] = signal.signal(number, self.note_signal)
+        # Only a program's main thread may handle signals; a notebook may use others.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                # nohup has SIGHUP ignored, and the run shall outlive the connection.
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    before = signal.signal(number, self.note_signal)
+                    self.handlers_before[number] = before
         return self
 
     def __exit__(self, *error):
@@ -114,10 +126,11 @@ class LoopControl:
         if stop or due:
             self.checkpoint()
         if stop:
-            self.exit(stop, f"after step {self.state.step}")
+            place = f"in epoch {self.state.epoch} after step {self.state.step}"
+            self.exit(stop, place)
 
         # Reading numbers back waits for the device, so it is done once a second.
-        if time.monotonic() - self.shown_at >= 1:
+        if RANK == 0 and time.monotonic() - self.shown_at >= 1:
             self.shown_at = time.monotonic()
             self.check_finite()
             loss, accuracy = self.state.averages(self.images_seen())
@@ -142,7 +155,7 @@ class LoopControl:
         stop, _ = self.agree(checkpoint_due=False, last_step=True)
         if stop:
             self.checkpoint()
-            self.exit(stop, "before its first step")
+            self.exit(stop, f"after epoch {self.state.epoch - 1}")
 
     def after_export(self):
         """End the process with a signal's status if one has come: all work is done."""
@@ -160,8 +173,7 @@ class LoopControl:
 
     def exit(self, number, place):
         self.bar.close()
-        where = f"in epoch {self.state.epoch} {place}"
-        print(f"stopped {where}: --resume True goes on from here", flush=True)
+        print(f"stopped {place}: --resume True goes on from here", flush=True)
         leave_ranks()
         sys.exit(128 + number)
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def first_line(error):
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+# The ranks of this node, which share its memory.
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if LAUNCHED else 0
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if LAUNCHED else 1
 
 
 def join_ranks(device):
@@ -127,13 +131,26 @@ def leave_ranks():
         distributed.destroy_process_group()
 
 
-def compare_ranks(*values):
-    """Refuse to begin if the ranks, perhaps on several nodes, have read other files."""
+def compare_ranks(settings, *files):
+    """Refuse to begin if the ranks, perhaps on several nodes, differ.
+
+    settings: a dict of what the flags say; files: what was read from the disk.
+    """
     if RANKS == 1:
         return
     everyone = [None] * RANKS
-    distributed.all_gather_object(everyone, values)
-    if any(other != values for other in everyone):
+    distributed.all_gather_object(everyone, (settings, files))
+
+    flags = []
+    for name, value in settings.items():
+        if any(other[name] != value for other, _ in everyone):
+            flags.append(f"--{name.replace('_', '-')}")
+    if flags:
+        raise UserError(
+            f"the ranks have different flags ({', '.join(flags)})",
+            "start all of them with the same",
+        )
+    if any(other != files for _, other in everyone):
         raise UserError(
             "the ranks have read different files",
             "give a --data-dir and a --weights-dir that all of them see",
@@ -246,7 +263,7 @@ def add_run_arguments(parser, experiment):
         help="the seed of all random numbers of the run")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto takes a CUDA GPU if there is one")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="auto takes bf16 on GPUs that have it, else fp32")
     add("--deterministic", **bool_flag(False),
         help="whether a GPU computes the same bits every time, as a CPU does")
@@ -256,51 +273,121 @@ def add_run_arguments(parser, experiment):
 # ---- Devices -------------------------------------------------------------------------
 def choose_device(args):
     """args.device -> torch.device. Sets the process's switches for it."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda was given, but torch sees no CUDA GPU",
-            "use --device cpu, or check the driver",
-        )
-
-    device = torch.device("cpu")
-    if args.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"there is no GPU for rank {device.index}",
-                "give torchrun a smaller --nproc-per-node",
-            )
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = not args.deterministic
-        # Convolutions in float32 use TF32, which is torch's default; the matrix
-        # products of the loss and the memory bank do not.
-
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory before it is written, so it need not be filled.
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+    if args.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if args.device == "cuda":
+            raise UserError(
+                "--device cuda was given, but torch sees no CUDA GPU",
+                "use --device cpu, or check the driver",
+            )
+        if shutil.which("nvidia-smi"):
+            print(
+                "note: there is an NVIDIA driver, but torch sees no GPU, so the CPU is "
+                "used. Most often the driver is older than this torch needs (or, on "
+                "Windows, torch is built for CPUs): see the install lines in README.md"
+            )
+        return torch.device("cpu")
+
+    device = torch.device("cuda", LOCAL_RANK)
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no GPU for rank {device.index}",
+            "give torchrun a smaller --nproc-per-node",
+        )
+    torch.cuda.set_device(device)
+    try_kernel(device)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    # Convolutions in float32 use TF32, which is torch's default; the matrix products of
+    # the loss and the memory bank do not.
     return device
 
 
+def try_kernel(device):
+    """Refuse a card that this torch has no kernels for, before images are decoded."""
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        major, minor = torch.cuda.get_device_capability(device)
+        card = (
+            f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        )
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for this card ({card})",
+            'pip install "torch==2.6.*" "torchvision==0.21.*"',
+        ) from None
+
+
 def choose_precision(args, device):
-    """args.precision -> "fp32" or "bf16"."""
+    """args.precision -> "fp32", "bf16" or "fp16"."""
     on_gpu = device.type == "cuda"
     # torch also emulates bf16 on older cards, which is slower than float32.
     gpu_has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and on_gpu and not gpu_has_bf16:
         raise UserError(
             "this GPU has no bf16 arithmetic",
-            "use --precision fp32",
+            "use --precision fp16 or fp32",
         )
     if args.precision != "auto":
         return args.precision
     return "bf16" if gpu_has_bf16 else "fp32"
 
 
+def note_on_precision(args, device):
+    """What the user of a card without bf16 may want to know."""
+    if args.precision != "auto" or device.type != "cuda":
+        return
+    if choose_precision(args, device) == "fp32":
+        print(
+            "note: this card has no bf16, so float32 is used; --precision fp16 is "
+            "about twice as fast on cards with tensor cores (T4, V100, RTX 20xx)"
+        )
+
+
 def autocast(device, precision):
     """The context in which the network runs; memory bank and loss stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def make_scaler(device, precision):
+    """The gradient scaler of fp16, whose small gradients would be 0 without it.
+
+    With another precision it does nothing.
+    """
+    # torch's own first scale, 2¹⁶, overflows in the first steps.
+    return torch.amp.GradScaler(
+        device.type, init_scale=2.0**12, enabled=precision == "fp16"
+    )
+
+
+def make_optimizer(parameters, lr, weight_decay):
+    """SGD with momentum 0.9."""
+    parameters = list(parameters)
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True
+    )
+    # If the scaler of fp16 skips the very first step, the fused optimiser leaves its
+    # momentum as uninitialised memory. From zeros, a first step is the same.
+    for parameter in parameters:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def to_device(tensor, device):
+    """A copy on the device, on whose way the host does not wait for the device."""
+    if device.type == "cuda":
+        # Only from pinned memory does a copy go on by itself.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def describe_machine(device):

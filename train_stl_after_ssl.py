@@ -1,7 +1,7 @@
 """Train on labelled images: the softmax layer, then the whole network.
 
-python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 --full-fine-tune True \\
-    --pirl-model-name exp
+python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 \\
+    --full-fine-tune True --pirl-model-name exp
 
 Without --pirl-model-name the trunk starts at random: the baseline.
 """
@@ -53,14 +53,16 @@ from run_helpers import (
     derived_seed,
     file_path,
     make_generator,
+    make_optimizer,
+    make_scaler,
     non_empty,
+    note_on_precision,
     run_script,
 )
 
 # Features are brought to this standard deviation: with it, --lr 0.01 and 0.1 reach the
 # same accuracy, which they do not with 1.
 FEATURE_STD = 0.25
-MOMENTUM = 0.9
 SHOWN_NEIGHBOURS = 5
 
 TABLE_HEADER = (
@@ -145,6 +147,7 @@ def main(argv=None):
         args = experiment.restore_settings(parser, argv, checkpoint, changeable)
 
     device = choose_device(args)
+    note_on_precision(args, device)
     args.precision = choose_precision(args, device)
     path = None
     weights = {}
@@ -221,7 +224,7 @@ def main(argv=None):
         if args.full_fine_tune and "full" not in trainer.results:
             trainer.use_best_epoch()
             save()
-        write_results(trainer, state, experiment)
+        write_results(trainer, state, experiment, argv)
         loop.after_export()
 
 
@@ -271,13 +274,9 @@ class FineTuning:
                 self.model.trunk, self.images[self.train], args.batch_size
             )
         self.view = augmentations.LabelledView().to(device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=args.full_lr,
-            momentum=MOMENTUM,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+        parameters = self.model.parameters()
+        self.optimizer = make_optimizer(parameters, args.full_lr, args.weight_decay)
+        self.scaler = make_scaler(device, args.precision)
         self.schedule = ReduceLROnPlateau(
             self.optimizer, patience=args.patience_for_lr_decay
         )
@@ -292,6 +291,7 @@ class FineTuning:
             "trunk": self.model.trunk.state_dict(),
             "softmax_layer": self.model.softmax_layer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "full_stage_begun": self.full_stage_begun,
             "best": self.best,
@@ -308,6 +308,9 @@ class FineTuning:
             # Until then, --full-lr may still be changed.
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
+            if saved["scaler"] and self.scaler.is_enabled():
+                # Both are of fp16: a resumed run may have changed its precision.
+                self.scaler.load_state_dict(saved["scaler"])
         self.best = saved["best"]
         self.results = saved["results"]
         self.seconds = saved["seconds"]
@@ -338,8 +341,9 @@ class FineTuning:
             logits = self.model(view)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return batch_totals(logits, labels, loss)
 
     @torch.no_grad()
@@ -397,8 +401,8 @@ def make_start_trunk(args, path, weights):
     pretrained_size = settings.get("image_size", args.image_size)
     if pretrained_size != args.image_size:
         print(f"note: {path} was pretrained with --image-size {pretrained_size}")
-    origin = "PIRL" if settings else "torchvision"
-    return trunk, dimension, f"{origin} trunk ({path})"
+    kind = "PIRL trunk" if settings else "trunk of another project"
+    return trunk, dimension, f"{kind} ({path})"
 
 
 def read_folds(data_dir, count, device):
@@ -499,7 +503,7 @@ def fit_softmax_layer(features, labels, train, validation, args):
     optimizer = torch.optim.SGD(
         layer.parameters(),
         lr=args.lr,
-        momentum=MOMENTUM,
+        momentum=0.9,
         weight_decay=args.weight_decay,
     )
     schedule = ReduceLROnPlateau(optimizer, patience=args.patience_for_lr_decay)
@@ -604,7 +608,7 @@ def print_summary(trainer, full_epochs):
     )
 
 
-def write_results(trainer, state, experiment):
+def write_results(trainer, state, experiment, argv):
     """Write <experiment>.pt, the tables and the pictures, and print the table."""
     parts = {
         "trunk": trainer.model.trunk,
@@ -622,24 +626,38 @@ def write_results(trainer, state, experiment):
     )
 
     # What is confused with what, on test images where there are any.
-    images = trainer.test_images
-    labels = trainer.test_labels
-    if images is None:
-        images = trainer.images[trainer.validation]
-        labels = trainer.labels[trainer.validation]
-    predictions = trainer.predictions(trainer.features(images))
+    val_images = trainer.images[trainer.validation]
+    val_labels = trainer.labels[trainer.validation]
+    val_predictions = trainer.predictions(trainer.features(val_images))
+    images = val_images
+    labels = val_labels
+    predictions = val_predictions
+    if trainer.test_images is not None:
+        images = trainer.test_images
+        labels = trainer.test_labels
+        predictions = trainer.predictions(trainer.features(images))
     confusion_file = experiment.observation("confusion.png")
     picture = confusion_picture(labels, predictions, trainer.classes)
     save_picture(picture, confusion_file)
     csv_file = experiment.observation("confusion.csv")
     write_confusion_csv(csv_file, labels, predictions, trainer.classes)
 
+    # The tables.
     table = results_table(trainer)
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    class_counts = torch.bincount(trainer.labels)
+    if (class_counts != class_counts[0]).any():
+        # With classes of different sizes, accuracy alone may hide a bad one.
+        balanced = [f"{balanced_accuracy(val_labels, val_predictions):.2%}", "none"]
+        if trainer.test_images is not None:
+            balanced[1] = f"{balanced_accuracy(labels, predictions):.2%}"
+        table += f"Balanced accuracy of the finished model | {' | '.join(balanced)}\n"
+    arguments = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", Path(__file__).name, *arguments])
     date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     results_file = experiment.observation("results.md")
     with atomic_write(results_file, "w") as file:
-        file.write(f"## {experiment.name}\n\n{date} UTC: `{command}`\n\n{table}")
+        file.write(f"## {experiment.name}\n\n{date} UTC: `{command}`\n\n{table}\n")
+        file.write(class_table(trainer, labels, predictions))
 
     files = f"{experiment.model_file}, {experiment.history_file}, {confusion_file}"
     print(f"\n{table}\nwrote {files}, {csv_file} and {results_file}", flush=True)
@@ -660,7 +678,7 @@ def results_table(trainer):
             # A fold's images also validate it, so its validation accuracy says nothing.
             tests = [test for _, test in result if test is not None]
             validation_cell = "none"
-            test_cell = spread(tests, unit="%") if tests else "none"
+            test_cell = spread(tests) if tests else "none"
         else:
             validation, test = result
             validation_cell = f"{validation:.2%}"
@@ -669,12 +687,34 @@ def results_table(trainer):
     return table
 
 
-def spread(values, scale=100, unit=" %"):
-    """mean ± standard deviation (of the sample), as text."""
-    text = f"{scale * statistics.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {scale * statistics.stdev(values):.2f}"
-    return text + unit
+def balanced_accuracy(labels, predictions):
+    """The mean of the classes' accuracies, of the classes that there are."""
+    correct = (labels == predictions).float()
+    return torch.stack([correct[labels == c].mean() for c in labels.unique()]).mean()
+
+
+def class_table(trainer, labels, predictions):
+    """Each class's number of images and accuracy, in Markdown."""
+    split = "validation" if trainer.test_images is None else "test"
+    table = f"Class | Labelled images | Of {split} | Accuracy of the finished model\n"
+    table += "--- | --- | --- | ---\n"
+    for label, name in enumerate(trainer.classes):
+        labelled = (trainer.labels == label).sum().item()
+        of_class = labels == label
+        count = of_class.sum().item()
+        accuracy = "none"
+        if count:
+            accuracy = f"{(predictions[of_class] == label).float().mean():.2%}"
+        table += f"{name} | {labelled} | {count} | {accuracy}\n"
+    return table
+
+
+def spread(accuracies):
+    """mean ± standard deviation (of the sample) in per cent, as text."""
+    text = f"{100 * statistics.mean(accuracies):.2f}"
+    if len(accuracies) > 1:
+        text += f" ± {100 * statistics.stdev(accuracies):.2f}"
+    return text + "%"
 
 
 def draw_neighbours(trainer, images, labels):

@@ -102,11 +102,16 @@ def cpu_state_dict(module):
 class TrainingState:
     """How far a run has come. With this, its loop goes on where it was left."""
 
-    totals: torch.Tensor  # float64 [2]: sum of the losses, number of correct answers
+    device: torch.device
     epoch: int = 1  # the epoch under way
     step: int = 0  # how many of its steps are done
     seconds: float = 0.0  # that they have taken
     history: list = field(default_factory=list)  # a dict per finished epoch
+
+    def __post_init__(self):
+        # Of the epoch under way: sum of the losses, number of correct answers. On the
+        # device, so that counting a step does not wait for it.
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def averages(self, images):
         """(mean loss, accuracy) of the epoch so far, over this many images."""
@@ -294,7 +299,7 @@ class Experiment:
         content["kind"] = self.kind.replace("checkpoint", "weights")
         content["settings"] = settings_of(args)
         content["history"] = state.history
-        content["machine"] = describe_machine(state.totals.device)
+        content["machine"] = describe_machine(state.device)
         content.update(facts)
         atomic_save(content, self.model_file)
 

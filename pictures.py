@@ -1,28 +1,32 @@
 """Every picture that the project draws, and the confusion matrix as a table.
 
-python pictures.py --data-dir stl10_data --out jigsaw.png --images 4 --seed 0
+python pictures.py --data-dir stl10_data --pretext jigsaw --out jigsaw.png --images 4
 
 draws what the network sees of some images in pretraining.
 """
 
 import csv
+import math
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.functional import interpolate
-from torchvision.transforms.functional import (
-    InterpolationMode,
-    resize,
-    resized_crop,
-    to_pil_image,
-)
+from torch.nn.functional import interpolate, pad
+from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
 from torchvision.utils import make_grid
 
-from augmentations import CROP_UNIFORMS, crop_box, unnormalize
+from augmentations import (
+    CROP_UNIFORMS,
+    box_transforms,
+    crop_box,
+    sample,
+    unnormalize,
+)
 from checkpoints import atomic_write
 from dataset_helpers import STL10_SIDE, list_images, load_images, unlabelled_folder
 from jigsaw import GRID, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
+from pirl_stl_train_test import PRETEXTS
+from rotation import JigsawRotation, quarter_turns
 from run_helpers import VIEWS, Parser, bounded, file_path, make_generator, run_script
 
 GREEN = (44, 160, 44)
@@ -44,32 +48,34 @@ def parse_args(argv=None):
     # fmt: off
     add("--data-dir", type=file_path, default=Path("stl10_data"),
         help="the folder with the folder unlabelled")
-    add("--out", type=file_path, default=Path("jigsaw.png"),
-        help="the picture to write")
+    add("--pretext", choices=[*PRETEXTS], default="jigsaw",
+        help="the pretext task")
+    add("--out", type=file_path,
+        help="the picture to write; defaults to <pretext>.png")
     add("--images", type=bounded(int, 1, 100), default=4,
         help="how many images to show")
     add("--seed", type=bounded(int, 0, 2**32 - 1), default=0,
-        help="the seed of the crops, colours and orders")
+        help="the seed of the crops, colours, turns and orders")
     # fmt: on
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    path = args.out or Path(f"{args.pretext}.png")
     cpu = torch.device("cpu")
 
     # Those that come first in the folder, with the random numbers of a first epoch.
     files = list_images(unlabelled_folder(args.data_dir))[: args.images]
     images, _ = load_images(files, STL10_SIDE, cpu, "images")
 
-    pretext = Jigsaw()
+    pretext = PRETEXTS[args.pretext]()
     generator = make_generator(cpu, args.seed, VIEWS, 1)
     uniforms = torch.rand(len(images), pretext.uniforms, generator=generator)
     picture = pretext_picture(images.float(), pretext, uniforms)
 
-    save_picture(picture, args.out)
-    content = "each image, its crop with the grid, and the nine shuffled patches"
-    print(f"wrote {args.out}: {content}")
+    save_picture(picture, path)
+    print(f"wrote {path}: each image, and what the network sees of it")
 
 
 def save_picture(image, path):
@@ -84,8 +90,8 @@ def save_picture(image, path):
 def pretext_picture(images, pretext, uniforms):
     """Every image beside what the network sees of it, two images in a row.
 
-    Of the jigsaw: the image, its crop with the grid, the nine patches as presented. Of
-    a pretext task with one input per image: the image, then that input.
+    The jigsaws have a column between: the crop with its grid, of the turned image where
+    the task turns it. An image's inputs, if they are several, are one picture together.
 
     images: float32 [B, 3, S, S] in 0 … 255. pretext: a module that turns them and
     uniforms [B, pretext.uniforms] into inputs [B · pretext.inputs_per_image, 3, P, P].
@@ -93,21 +99,16 @@ def pretext_picture(images, pretext, uniforms):
     """
     side = images.shape[-1]
     columns = [images / 255]
-    if isinstance(pretext, Jigsaw):
+    if isinstance(pretext, JigsawRotation):
+        turned = quarter_turns(images, uniforms[:, 0])
+        columns.append(crops_with_grid(turned, uniforms[:, 1:]))
+    elif isinstance(pretext, Jigsaw):
         columns.append(crops_with_grid(images, uniforms))
 
     inputs = unnormalize(pretext(images, uniforms)).clamp(0, 1)
     if pretext.inputs_per_image > 1:
-        # The patches of an image become one picture, with gaps about as wide as those
-        # between the patches in the image.
-        cell, patch = patch_sizes(side)
-        gap = cell - patch + 1
-        patches_by_image = inputs.split(pretext.inputs_per_image)
-        mosaics = [
-            make_grid(patches, GRID, padding=gap, pad_value=1)
-            for patches in patches_by_image
-        ]
-        inputs = torch.stack(mosaics)
+        # At 96 pixels, the gap is as wide as between the jigsaw's patches in the image.
+        inputs = mosaics(inputs, pretext.inputs_per_image, gap=side // 32)
     columns.append(inputs)
 
     # All are shown at twice the size of the images, with pixels that can be seen.
@@ -125,22 +126,31 @@ def crops_with_grid(images, uniforms):
     images [B, 3, S, S] in 0 … 255 -> [B, 3, S, S] in 0 … 1.
     """
     side = images.shape[-1]
-    corners, sizes = crop_box(uniforms[:, :CROP_UNIFORMS], side, PRETEXT_CROP_AREA)
-    # Whole pixels will do for a picture; rounded down, a crop stays inside its image.
-    corners = corners.int().tolist()
-    sizes = sizes.int().tolist()
-
-    crops = []
-    for image, (top, left), (height, width) in zip(images, corners, sizes, strict=True):
-        crop = resized_crop(image, top, left, height, width, [side, side])
-        crops.append(crop / 255)
-    crops = torch.stack(crops)
+    corner, size = crop_box(uniforms[:, :CROP_UNIFORMS], side, PRETEXT_CROP_AREA)
+    crops = sample(images, box_transforms(corner, size, side), side) / 255
 
     cell, _ = patch_sizes(side)
     for line in range(cell, GRID * cell, cell):
         crops[:, :, line - 1 : line + 1, :] = 1
         crops[:, :, :, line - 1 : line + 1] = 1
     return crops
+
+
+def mosaics(inputs, count, gap):
+    """The `count` inputs of each image, row by row, as a square picture.
+
+    inputs [B·count, 3, P, P] in 0 … 1 -> [B, 3, H, H].
+    """
+    columns = math.ceil(math.sqrt(count))
+    inputs = inputs.unflatten(0, (-1, count))  # [B, count, 3, P, P]
+    # White ones fill it up: a picture that is no square would be stretched later.
+    missing = columns**2 - count
+    inputs = pad(inputs, (0, 0, 0, 0, 0, 0, 0, missing), value=1)
+    pictures = [
+        make_grid(inputs_of_image, columns, padding=gap, pad_value=1)
+        for inputs_of_image in inputs
+    ]
+    return torch.stack(pictures)
 
 
 # ---- Nearest neighbours --------------------------------------------------------------

@@ -150,6 +150,7 @@ def make_parser():
 
 
 def main(argv=None):
+    # What is to be done. A resumed run takes its settings from its checkpoint.
     parser = make_parser()
     args = parser.parse_args(argv)
     experiment = Experiment(args, "PIRL checkpoint")
@@ -165,17 +166,17 @@ def main(argv=None):
             "tmax_for_cos_decay",
         }
         args = experiment.restore_settings(parser, argv, checkpoint, changeable)
-
     check_flags(parser, args)
-
     device = choose_device(args)
     note_on_precision(args, device)
     resolve_defaults(args, device)
     join_ranks(device)
+
+    # The images, then all that is trained on them.
     images, train_count, checksum = dataset_helpers.load_unlabelled(args, device)
     validate_args(args, train_count)
     trainer = Pretraining(args, device, images, train_count)
-    state = TrainingState(torch.zeros(2, dtype=torch.float64, device=device))
+    state = TrainingState(device)
 
     def save():
         experiment.save_checkpoint(args, checksum, trainer, state)
@@ -184,14 +185,19 @@ def main(argv=None):
         "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
     )
     loop = LoopControl(trainer, state, experiment, save, "epoch", advice)
+
+    # Where the run begins.
     if checkpoint:
         experiment.restore(checkpoint, checksum, trainer, state)
         loop.has_checkpoint = True
     elif args.warm_start:
         warm_start(trainer, state, experiment)
-        save()  # in the place of the one that an earlier run of this name has left
+        # An earlier run of this name has left a checkpoint. If this one is killed before
+        # it writes its own, --resume must not go on with the other.
+        save()
     compare_ranks(shared_settings(args), checksum, state.epoch, state.step)
 
+    # Rank 0 alone measures kNN and writes TensorBoard's log.
     labelled = None
     writer = None
     if RANK == 0:
@@ -317,8 +323,9 @@ class Pretraining:
     """Network, optimiser and memory bank, and a step of training with them."""
 
     def __init__(self, args, device, images, train_count):
-        """images uint8 [N, 3, S, S] on the device: first `train_count` to train on,
-        then those to validate.
+        """images: uint8 [N, 3, S, S], on the device or on the host.
+
+        The first `train_count` are to train on, the others to validate.
         """
         self.args = args
         self.device = device

@@ -125,6 +125,7 @@ def make_parser():
 
 
 def main(argv=None):
+    # What is to be done. A resumed run takes its settings from its checkpoint.
     parser = make_parser()
     args = parser.parse_args(argv)
     if RANKS > 1:
@@ -145,10 +146,14 @@ def main(argv=None):
             if not checkpoint["full_stage_begun"]:
                 changeable |= {"full_lr", "full_epochs"}
         args = experiment.restore_settings(parser, argv, checkpoint, changeable)
-
+    full_epochs = 0
+    if args.full_fine_tune:
+        full_epochs = args.full_epochs or args.epochs
     device = choose_device(args)
     note_on_precision(args, device)
     args.precision = choose_precision(args, device)
+
+    # The trunk to start from, the images, and all that is trained on them.
     path = None
     weights = {}
     if args.pirl_model_name:
@@ -156,7 +161,7 @@ def main(argv=None):
     if args.stem is None:
         args.stem = weights.get("settings", {}).get("stem", "imagenet")
     trainer = FineTuning(args, device, path, weights)
-    state = TrainingState(torch.zeros(2, dtype=torch.float64, device=device))
+    state = TrainingState(device)
 
     def save():
         experiment.save_checkpoint(args, trainer.checksum, trainer, state)
@@ -172,17 +177,16 @@ def main(argv=None):
             f"{experiment.checkpoint_file} is from within the full stage",
             "add --full-fine-tune True",
         )
-    full_epochs = 0
-    if args.full_fine_tune:
-        full_epochs = args.full_epochs or args.epochs
     print_summary(trainer, full_epochs)
 
+    # The softmax layer takes a minute or two, so a run that is stopped in it begins anew.
     if "softmax" not in trainer.results:
         state.history = train_softmax_layer(trainer)
         save()
         loop.has_checkpoint = True
         experiment.write_history(state.history)
 
+    # The whole network, starting from that layer.
     with loop:
         while state.epoch <= full_epochs:
             epoch = state.epoch
@@ -471,6 +475,7 @@ def train_softmax_layer(trainer):
         result, _ = fit(fold, fold)
         trainer.results.setdefault("folds", []).append(result)
 
+    # The real split comes last: its layer stays in the model.
     result, history = fit(trainer.train, trainer.validation)
     trainer.results["softmax"] = result
     trainer.seconds["softmax"] = time.monotonic() - started
@@ -625,7 +630,7 @@ def write_results(trainer, state, experiment, argv):
         pixel_std=augmentations.PIXEL_STD,
     )
 
-    # What is confused with what, on test images where there are any.
+    # The finished model's answers, on test images where there are any.
     val_images = trainer.images[trainer.validation]
     val_labels = trainer.labels[trainer.validation]
     val_predictions = trainer.predictions(trainer.features(val_images))
@@ -636,6 +641,8 @@ def write_results(trainer, state, experiment, argv):
         images = trainer.test_images
         labels = trainer.test_labels
         predictions = trainer.predictions(trainer.features(images))
+
+    # What is confused with what.
     confusion_file = experiment.observation("confusion.png")
     picture = confusion_picture(labels, predictions, trainer.classes)
     save_picture(picture, confusion_file)
@@ -644,13 +651,14 @@ def write_results(trainer, state, experiment, argv):
 
     # The tables.
     table = results_table(trainer)
-    class_counts = torch.bincount(trainer.labels)
-    if (class_counts != class_counts[0]).any():
+    class_sizes = torch.bincount(trainer.labels)
+    if class_sizes.min() != class_sizes.max():
         # With classes of different sizes, accuracy alone may hide a bad one.
-        balanced = [f"{balanced_accuracy(val_labels, val_predictions):.2%}", "none"]
+        validation_cell = f"{balanced_accuracy(val_labels, val_predictions):.2%}"
+        test_cell = "none"
         if trainer.test_images is not None:
-            balanced[1] = f"{balanced_accuracy(labels, predictions):.2%}"
-        table += f"Balanced accuracy of the finished model | {' | '.join(balanced)}\n"
+            test_cell = f"{balanced_accuracy(labels, predictions):.2%}"
+        table += f"Balanced accuracy at the end | {validation_cell} | {test_cell}\n"
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", Path(__file__).name, *arguments])
     date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
@@ -688,9 +696,10 @@ def results_table(trainer):
 
 
 def balanced_accuracy(labels, predictions):
-    """The mean of the classes' accuracies, of the classes that there are."""
+    """The mean of the accuracies of all classes that there are, a float."""
     correct = (labels == predictions).float()
-    return torch.stack([correct[labels == c].mean() for c in labels.unique()]).mean()
+    accuracies = [correct[labels == label].mean() for label in labels.unique()]
+    return torch.stack(accuracies).mean().item()
 
 
 def class_table(trainer, labels, predictions):
@@ -704,7 +713,8 @@ def class_table(trainer, labels, predictions):
         count = of_class.sum().item()
         accuracy = "none"
         if count:
-            accuracy = f"{(predictions[of_class] == label).float().mean():.2%}"
+            correct = (predictions[of_class] == label).sum().item()
+            accuracy = f"{correct / count:.2%}"
         table += f"{name} | {labelled} | {count} | {accuracy}\n"
     return table
 

@@ -192,8 +192,8 @@ def main(argv=None):
         loop.has_checkpoint = True
     elif args.warm_start:
         warm_start(trainer, state, experiment)
-        # An earlier run of this name has left a checkpoint. If this one is killed before
-        # it writes its own, --resume must not go on with the other.
+        # An earlier run of this name has left a checkpoint. If this run is killed
+        # before it writes its own, --resume must not go on with that one.
         save()
     compare_ranks(shared_settings(args), checksum, state.epoch, state.step)
 

@@ -179,7 +179,7 @@ def main(argv=None):
         )
     print_summary(trainer, full_epochs)
 
-    # The softmax layer takes a minute or two, so a run that is stopped in it begins anew.
+    # The softmax layer takes a minute or two: a run that is stopped in it begins again.
     if "softmax" not in trainer.results:
         state.history = train_softmax_layer(trainer)
         save()

@@ -1,12 +1,18 @@
-"""Both training scripts on a CUDA device that is not there: where would the host wait for it, where would devices mix?
+"""Both training scripts on a CUDA device that is not there.
 
-fake_cuda.py check      # run both; status 1 and a line per wait if a training step waits for the device
+Where would the host wait for the device, where would devices mix?
+
+fake_cuda.py check      # run both; status 1 and a line per wait of a training step
 fake_cuda.py defects    # plant defects one by one; status 1 unless each is found
 
-Tensors say cuda:0 and hold CPU memory (class Pretend); every operator comes by run(), which refuses a mixture of
-devices as CUDA does, notes each wait, and computes on the CPU. So data, loss, checkpoints, resuming and tables are
-real. Autocast is CUDA's own, autograd too. Not seen: what is inside CUDA's kernels, streams, graphs, torch.compile,
-cuDNN, NCCL. Needs torch's CUDA build without a GPU; written for torch 2.11 (no_driver() depends on it).
+Tensors say cuda:0 and hold CPU memory (class Pretend). Every operator comes by run(),
+which refuses a mixture of devices as CUDA does, notes each wait, and computes on the
+CPU. So data, loss, checkpoints, resuming and tables are real; autocast is CUDA's own,
+and autograd is too.
+
+Not seen: what is inside CUDA's kernels, streams, graphs, torch.compile, cuDNN, NCCL.
+Needs torch's CUDA build without a GPU; written for torch 2.11, on whose inside
+no_driver() depends.
 """
 
 import contextlib
@@ -22,40 +28,76 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import run_helpers as rh
 import torch
 from conftest import ThinResNet18, write_raw
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-import dataset_helpers as dh
-import memory_bank
 import models
-import pirl_stl_train_test as pirl
+import pirl_stl_train_test
 import stl10_data_load
-import train_stl_after_ssl as fine
+import train_stl_after_ssl
+from memory_bank import MemoryBank
+from run_helpers import run_script
 
 ROOT = Path(__file__).parent.parent
-aten, Generator, save = torch.ops.aten, torch.Generator, torch.save
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-watch = None
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+watch = None  # the Watch, inside pretend_cuda()
 
 # What reads the device's memory back to decide something on the host.
-READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
-READS |= {aten.is_nonzero.default, aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor}
-SCALARS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}  # give no tensor
-COPIES = {aten.copy_.default, aten._to_copy.default}  # alone may have tensors of both devices
-INDEX = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-STRICT = {aten.index_select.default, aten.gather.default, aten.cat.default, aten.stack.default}  # no CPU scalar either
+READS = {
+    aten._local_scalar_dense.default,
+    aten._unique2.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten.unique_dim.default,
+}
+# Those of them that give no tensor.
+SCALARS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+}
+# They alone may have tensors of both devices.
+COPIES = {
+    aten._to_copy.default,
+    aten.copy_.default,
+}
+INDEX = {
+    aten._index_put_impl_.default,
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+}
+# Other operators take a CPU tensor without dimensions as a number; these do not.
+STRICT = {
+    aten.cat.default,
+    aten.gather.default,
+    aten.index_select.default,
+    aten.stack.default,
+}
 
 
+# ---- Tensors that say cuda:0 ---------------------------------------------------------
 class Pretend(torch.Tensor):
     """A tensor on cuda:0 whose memory is `held`, a CPU tensor."""
 
     @staticmethod
     def __new__(cls, held):
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "layout": held.layout}
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=CUDA, **layout)
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            layout=held.layout,
+            dtype=held.dtype,
+            device=CUDA,
+        )
 
     def __init__(self, held):
         self.held = held
@@ -63,11 +105,16 @@ class Pretend(torch.Tensor):
     def __repr__(self):
         return f"Pretend({self.held})"
 
+    def __format__(self, specification):
+        # torch formats a number on any device, but only of its own class.
+        return format(self.item() if self.dim() == 0 else self.held, specification)
+
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             copy = Pretend(self.held.detach().clone())
-            parameter = isinstance(self, torch.nn.Parameter)
-            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if parameter else copy
+            if isinstance(self, torch.nn.Parameter):
+                copy = torch.nn.Parameter(copy, self.requires_grad)
+            memo[id(self)] = copy
         return memo[id(self)]
 
     def tolist(self):
@@ -80,93 +127,187 @@ class Pretend(torch.Tensor):
 
 
 class Watch(TorchDispatchMode):
-    """events: Counter of (phase, what waits, operator, line of the project, its text)."""
+    """Sees every operator, and counts the waits.
+
+    events: Counter of (phase, what waits, operator, line of the project, its text).
+    """
 
     def __init__(self):
         super().__init__()
-        self.phase, self.events = "before", Counter()
+        self.phase = "before"
+        self.events = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
     def note(self, kind, func):
-        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
-        where = (f"{Path(frames[-1].filename).name}:{frames[-1].lineno}", frames[-1].line) if frames else ("torch", "")
-        self.events[(self.phase, kind, str(func), *where)] += 1
+        place = "torch"
+        text = ""
+        for frame in traceback.extract_stack():
+            if Path(frame.filename).parent == ROOT:
+                place = f"{Path(frame.filename).name}:{frame.lineno}"
+                text = frame.line
+        self.events[(self.phase, kind, str(func), place, text)] += 1
 
 
 def run(func, args, kwargs):
+    """One operator: on the pretended device if a tensor or the `device` asks for it."""
     tensors = []
     tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
-    on_cuda, on_cpu = [t for t in tensors if isinstance(t, Pretend)], [t for t in tensors if not isinstance(t, Pretend)]
-    device = kwargs.get("device")
-    to_cuda = torch.device(device).type == "cuda" if device is not None else bool(on_cuda)
+    on_cuda = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
+    on_cpu = [tensor for tensor in tensors if not isinstance(tensor, Pretend)]
+
+    to_cuda = bool(on_cuda)
+    if kwargs.get("device") is not None:
+        to_cuda = torch.device(kwargs["device"]).type == "cuda"
+
+    if on_cuda:
+        refuse_two_devices(func, args, on_cpu)
     if on_cuda or to_cuda:
-        look(func, args, on_cuda, on_cpu, to_cuda)
-    outputs = call(func, args, kwargs)
+        note_waits(func, args, kwargs, on_cuda, on_cpu, to_cuda)
+    if on_cuda and func is aten._fused_sgd_.default:
+        check_fused_sgd(args)
+
+    outputs = compute(func, args, kwargs)
     if not to_cuda or func in SCALARS:
         return outputs
-    outputs = tree_map(lambda o: Pretend(o) if isinstance(o, torch.Tensor) else o, outputs)
-    return return_and_correct_aliasing(func, args, kwargs, outputs) if on_cuda else outputs
+    outputs = tree_map_only(torch.Tensor, Pretend, outputs)
+    if on_cuda:
+        # An operator in place, or a view, gives back the tensor that it was given.
+        return return_and_correct_aliasing(func, args, kwargs, outputs)
+    return outputs
 
 
-def look(func, args, on_cuda, on_cpu, to_cuda):
-    """Note the waits of one operator; raise what CUDA would raise."""
+def index_tensors(func, args):
+    """The tensors by which an operator looks up rows."""
+    if func not in INDEX:
+        return []
+    return [index for index in args[1] if isinstance(index, torch.Tensor)]
+
+
+def note_waits(func, args, kwargs, on_cuda, on_cpu, to_cuda):
+    """Note each reason why the host would wait for the device."""
     if on_cuda and func in READS:
         watch.note("reads back", func)
+
     if func is aten._to_copy.default and bool(on_cuda) != to_cuda:
-        watch.note("copies from pageable memory" if to_cuda else "copies to the CPU", func)
+        note_copy(func, args[0], kwargs.get("non_blocking"))
     if func is aten.copy_.default and on_cuda and on_cpu:
-        watch.note("copies to the CPU" if isinstance(args[1], Pretend) else "copies from pageable memory", func)
-    indices = [i for i in args[1] if isinstance(i, torch.Tensor)] if func in INDEX and on_cuda else []
-    for index in indices:
-        if not isinstance(index, Pretend):
-            watch.note("copies an index from the CPU", func)
-        if index.dtype in (torch.bool, torch.uint8):
-            watch.note("boolean index", func)
-    wrong = [t for t in on_cpu if (t.dim() or func in STRICT) and not any(t is index for index in indices)]
-    if on_cuda and wrong and func not in COPIES:
-        shapes = [tuple(t.shape) for t in wrong]
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu, {shapes}")
-    if func is aten._fused_sgd_.default:
-        for parameter, *others in zip(*(given for given in args[:3] if given), strict=True):
-            for other in others:
-                pairs = zip(parameter.shape, parameter.stride(), other.stride(), strict=True)
-                if other.dtype != parameter.dtype or any(size > 1 and a != b for size, a, b in pairs):
-                    raise RuntimeError("fused SGD on CUDA wants equal types and strides (check_fast_path_restrictions)")
+        non_blocking = len(args) > 2 and args[2]
+        note_copy(func, args[1], non_blocking)
+
+    if on_cuda:
+        for index in index_tensors(func, args):
+            if not isinstance(index, Pretend):
+                watch.note("copies an index from the CPU", func)
+            if index.dtype in (torch.bool, torch.uint8):
+                watch.note("boolean index", func)
 
 
-def call(func, args, kwargs):
+def note_copy(func, source, non_blocking):
+    """Note a copy from one device to the other, unless it goes on by itself."""
+    if isinstance(source, Pretend):
+        watch.note("copies to the CPU", func)
+    elif not getattr(source, "is_page_locked", False):
+        watch.note("copies from pageable memory", func)
+    elif not non_blocking:
+        watch.note("copies from pinned memory and waits", func)
+
+
+def refuse_two_devices(func, args, on_cpu):
+    """Raise what CUDA raises where an operator gets tensors of both devices."""
+    if func in COPIES:
+        return
+    indices = index_tensors(func, args)
+    wrong = []
+    for tensor in on_cpu:
+        is_index = any(tensor is index for index in indices)
+        is_number = tensor.dim() == 0 and func not in STRICT
+        if not is_index and not is_number:
+            wrong.append(tuple(tensor.shape))
+    if wrong:
+        expected = "expected all tensors to be on the same device"
+        raise RuntimeError(f"{func}: {expected}, but found cuda:0 and cpu, {wrong}")
+
+
+def check_fused_sgd(args):
+    """A parameter, its gradient and its momentum need equal types and strides."""
+    tensor_lists = [tensors for tensors in args[:3] if tensors]
+    for parameter, *others in zip(*tensor_lists, strict=True):
+        # The stride of a dimension of one element is of no account.
+        matters = [size > 1 for size in parameter.shape]
+        strides = [s for s, m in zip(parameter.stride(), matters, strict=True) if m]
+        for other in others:
+            other_strides = [
+                s for s, m in zip(other.stride(), matters, strict=True) if m
+            ]
+            if other.dtype != parameter.dtype or other_strides != strides:
+                wants = "fused SGD on CUDA wants equal types and strides"
+                raise RuntimeError(f"{wants} (check_fast_path_restrictions)")
+
+
+def compute(func, args, kwargs):
     """The operator on the CPU."""
-    args, kwargs = tree_map_only(Pretend, lambda t: t.held, (args, kwargs))
+    args, kwargs = tree_map_only(Pretend, lambda tensor: tensor.held, (args, kwargs))
     if kwargs.get("device") is not None:
-        kwargs = kwargs | {"device": CPU}
+        kwargs = {**kwargs, "device": CPU}
+
+    # Without a driver no memory can be pinned: a mark stands for it.
+    if func is aten._pin_memory.default:
+        pinned = args[0].clone()
+        pinned.is_page_locked = True
+        return pinned
+    if kwargs.get("pin_memory"):
+        pinned = func(*args, **{**kwargs, "pin_memory": False})
+        pinned.is_page_locked = True
+        return pinned
+
+    # These two have no CPU version: another operator computes the same.
     if func is aten.cudnn_batch_norm.default:
-        return *aten.native_batch_norm(*args), torch.empty(0, dtype=torch.uint8)
+        output, save_mean, save_invstd = aten.native_batch_norm(*args)
+        reserve = torch.empty(0, dtype=torch.uint8)
+        return output, save_mean, save_invstd, reserve
     if func is aten.cudnn_batch_norm_backward.default:
         x, grad, weight, mean, var, save_mean, save_invstd, eps, _ = args
-        given = (grad, x, weight, mean, var, save_mean, save_invstd, True, eps, [True] * 3)
-        return aten.native_batch_norm_backward(*given)
+        training = True
+        wanted = [True] * 3  # the gradients of input, weight and bias
+        return aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, save_mean, save_invstd, training, eps, wanted
+        )
+
     return func(*args, **kwargs)
 
 
+# ---- A torch that sees one GPU -------------------------------------------------------
 @contextlib.contextmanager
 def no_driver():
-    """Autograd asks CUDA's hooks whether a device has a context, an error without a driver. Here the answer is no.
+    """Inside, no device has a context.
 
-    The hooks get a copy of their table of virtual functions in which hasPrimaryContext() is isAvailable().
+    Autograd asks CUDA's hooks for it, which is an error without a driver. The hooks get
+    a copy of their table of virtual functions in which hasPrimaryContext() is
+    isAvailable().
     """
     torch._C._ensureCUDADeviceGuardSet()
-    get = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so")._ZN2at6detail12getCUDAHooksEv
-    get.restype = ctypes.c_void_p
-    hooks = get()
+    library = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so")
+    get_hooks = library._ZN2at6detail12getCUDAHooksEv
+    get_hooks.restype = ctypes.c_void_p
+    hooks = get_hooks()
+
+    # Two words stand before the table. In it, two destructors come first.
     table = ctypes.c_void_p.from_address(hooks).value
-    entries = [ctypes.c_void_p.from_address(table + 8 * i).value for i in range(-2, 98)]
+    entries = []
+    for position in range(-2, 98):
+        entries.append(ctypes.c_void_p.from_address(table + 8 * position).value)
+    is_built = 4
+    is_available = 5
+    has_primary_context = 6
+
     ask = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-    built, available, context = 4, 5, 6  # behind two words before the table and two destructors
-    if not ask(entries[built])(hooks) or ask(entries[available])(hooks):
+    built = ask(entries[is_built])(hooks)
+    if not built or ask(entries[is_available])(hooks):
         raise RuntimeError("this needs torch's CUDA build on a machine without a GPU")
-    entries[context] = entries[available]
+
+    entries[has_primary_context] = entries[is_available]
     copy = (ctypes.c_void_p * len(entries))(*entries)
     ctypes.c_void_p.from_address(hooks).value = ctypes.addressof(copy) + 16
     try:
@@ -180,7 +321,15 @@ def pretend_cuda():
     """Inside, torch sees one GPU with bf16. Yields the Watch."""
     global watch
     watch = Watch()
-    to_cpu = functools.partial(tree_map_only, Pretend, lambda t: t.detach().held.clone())
+    torch_generator = torch.Generator
+    torch_save = torch.save
+
+    def save(content, file):
+        # A real GPU's tensors are saved as they are; these hold memory of the CPU.
+        content = tree_map_only(Pretend, lambda t: t.detach().held.clone(), content)
+        torch_save(content, file)
+
+    supported_types = [torch.Tensor, torch.nn.Parameter, Pretend]
     replaced = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: 1,
@@ -191,141 +340,190 @@ def pretend_cuda():
         "torch.cuda.mem_get_info": lambda device=None: (2**33, 2**33),
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
-        "torch.Generator": lambda device="cpu": Generator(),
-        "torch.save": lambda state, file: save(to_cpu(state), file),
-        "torch.utils._foreach_utils._foreach_supported_types": [torch.Tensor, torch.nn.Parameter, Pretend],
+        "torch.Generator": lambda device="cpu": torch_generator(),
+        "torch.save": save,
+        "torch.utils._foreach_utils._foreach_supported_types": supported_types,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_driver())
         for name, value in replaced.items():
             stack.enter_context(mock.patch(name, value))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU, then moved
+
+        # torch.tensor(…, device="cuda") is made on the CPU, then moved.
+        torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # else Module.to() loses the class
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        # Else Module.to() would lose the class.
+        overwrite = torch.__future__.set_overwrite_module_params_on_conversion
+        overwrite(True)
+        stack.callback(overwrite, False)
+
         stack.enter_context(watch)
         yield watch
 
 
-# ---- The two scripts -------------------------------------------------------------------------------------------------
-
-STEPS = {"Pretraining.step", "FineTuning.step"}
-UNLABELLED, LABELLED, TEST = 45, 60, 20
+# ---- The two scripts -----------------------------------------------------------------
+LABELLED_STEPS = {"Pretraining.train_step", "FineTuning.train_step"}
+COUNTS = {"train": 60, "test": 20, "unlabelled": 45}
 
 
 def write_data(folder):
-    raw = write_raw(folder, {"train": LABELLED, "test": TEST, "unlabelled": UNLABELLED})
+    """Image folders of noise, and a fold of 40 images."""
+    raw = write_raw(folder, COUNTS)
     for split in stl10_data_load.SPLITS:
         stl10_data_load.write_split(raw, folder / "data", split)
-    (folder / "data/fold_indices.txt").write_text(" ".join(map(str, range(40))) + "\n")
+    fold = " ".join(str(index) for index in range(40))
+    (folder / "data/fold_indices.txt").write_text(f"{fold}\n")
 
 
 def label(owner, name):
-    """Calls of owner.name are a phase of the watch, "Pretraining.step" for instance."""
+    """Calls of owner.name are a phase of the watch, "Pretraining.train_step" say."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
     def labelled(*args, **kwargs):
-        before, watch.phase = watch.phase, f"{owner.__name__}.{name}"
+        phase_before = watch.phase
+        watch.phase = f"{owner.__name__}.{name}"
         try:
             return function(*args, **kwargs)
         finally:
-            watch.phase = before
+            watch.phase = phase_before
 
     return mock.patch.object(owner, name, labelled)
 
 
 @contextlib.contextmanager
 def scripts():
-    """Yields (the Watch, call(module, *flags), which runs a script on the pretended device, its files' folder)."""
+    """Yields (the Watch, call, folder).
+
+    call(module, *flags) runs a script on the pretended device; its files are in folder.
+    """
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_data(folder)
-        stack.enter_context(mock.patch.dict(models.TRUNKS, res18=ThinResNet18))
-        for owner in (pirl.Pretraining, fine.FineTuning):
-            stack.enter_context(label(owner, "step"))
+        thin = mock.patch.dict(models.TRUNKS, res18=ThinResNet18)
+        stack.enter_context(thin)
+        stack.enter_context(label(pirl_stl_train_test.Pretraining, "train_step"))
+        stack.enter_context(label(train_stl_after_ssl.FineTuning, "train_step"))
         seen = stack.enter_context(pretend_cuda())
-        dh.colour_constants(CUDA)  # sent to the device once, else in the first step
-        paths = ["--data-dir", folder / "data", "--weights-dir", folder / "w", "--observations-dir", folder / "o"]
-        common = [*paths, "--image-size", 36, "--batch-size", 16, "--device", "cuda"]
+
+        # fmt: off
+        common = [
+            "--data-dir", folder / "data", "--weights-dir", folder / "weights",
+            "--observations-dir", folder / "observations", "--image-size", 36,
+            "--batch-size", 16, "--device", "cuda",
+        ]
+        # fmt: on
 
         def call(module, *flags):
             seen.phase = module.__name__
-            with mock.patch("sys.argv", [f"{module.__name__}.py", *map(str, [*common, *flags])]):
-                rh.run_script(module.main)
-            gc.collect()  # lets go of the experiment's name, as the end of a process does
+            flags = [str(flag) for flag in (*common, *flags)]
+            with mock.patch("sys.argv", [f"{module.__name__}.py", *flags]):
+                run_script(module.main)
+            # Lets go of the experiment's name, as the end of a process does.
+            gc.collect()
 
         yield seen, call, folder
 
 
 def check():
     """Run both scripts with many of their flags. Returns the waits within steps."""
+    pretraining = pirl_stl_train_test
+    fine_tuning = train_stl_after_ssl
+    # fmt: off
+    variants = [
+        ["--loss", "nce", "--batch-negatives", "False", "--precision", "fp32",
+         "--count-negatives", 20],
+        ["--loss", "nce", "--positive", "pair", "--non-linear-head", "True",
+         "--only-train", "True", "--images-on", "host", "--pretext", "rotation"],
+        ["--zero-init", "False", "--beta", 0, "--colour-strength", 0,
+         "--deterministic", "--precision", "fp16", "--pretext", "jigsaw-rotation"],
+    ]
+    # fmt: on
     with scripts() as (seen, call, folder):
-        call(pirl, "--epochs", 1, "--knn-every", 1, "--checkpoint-minutes", 0)
-        call(pirl, "--epochs", 2, "--knn-every", 1, "--resume", "True")
-        for i, flags in enumerate(
-            [
-                ["--loss", "nce", "--batch-negatives", "False", "--precision", "fp32", "--count-negatives", 20],
-                ["--loss", "nce", "--positive", "pair", "--non-linear-head", "True", "--only-train", "True"],
-                ["--zero-init", "False", "--beta", 0, "--colour-strength", 0, "--deterministic"],
-            ]
-        ):
-            call(pirl, "--epochs", 1, "--experiment-name", f"x{i}", *flags)
+        often = ["--knn-every", 1, "--checkpoint-minutes", 0]
+        call(pretraining, "--epochs", 1, *often)
+        call(pretraining, "--epochs", 2, "--knn-every", 1, "--resume", "True")
+        for number, flags in enumerate(variants):
+            name = ["--experiment-name", f"x{number}"]
+            call(pretraining, "--epochs", 1, *name, *flags)
         torch.use_deterministic_algorithms(False)
-        call(fine, "--epochs", 1, "--full-fine-tune", "True", "--folds", "True", "--neighbours", folder / "n.png")
-        call(fine, "--epochs", 1, "--experiment-name", "b", "--pirl-model-name", "e1_resnet18_")
+
+        both_stages = ["--epochs", 1, "--full-fine-tune", "True"]
+        extras = ["--folds", "True", "--neighbours", folder / "neighbours.png"]
+        call(fine_tuning, *both_stages, *extras)
+        pretrained = ["--experiment-name", "b", "--pirl-model-name", "e1_resnet18_"]
+        call(fine_tuning, *both_stages, *pretrained, "--precision", "fp16")
     return waits(seen)
 
 
 def waits(seen):
     """The waits within steps, a line each."""
-    events = sorted(seen.events.items())
-    return [f"{phase}: {kind} at {where}: {line}" for (phase, kind, _, where, line), _ in events if phase in STEPS]
+    lines = []
+    for phase, kind, _, place, text in sorted(seen.events):
+        if phase in LABELLED_STEPS:
+            lines.append(f"{phase}: {kind} at {place}: {text}")
+    return lines
 
 
-# ---- Planted defects -------------------------------------------------------------------------------------------------
+# ---- Planted defects -----------------------------------------------------------------
+draw_negatives = MemoryBank.draw_negatives
+clip_grad_norm = torch.nn.utils.clip_grad_norm_
 
-draw_negatives, clip = memory_bank.MemoryBank.draw_negatives, torch.nn.utils.clip_grad_norm_
 
-
-def cpu_index(self, index, count, generator):
+def compared_on_the_cpu(self, index, count, generator):
     return draw_negatives(self, index.cpu(), count, generator)
 
 
-def cpu_rows(self, index, image_vectors):
+def copied_by_a_cpu_index(self, index, image_vectors):
     self.vectors.index_copy_(0, index.cpu(), image_vectors.float())
 
 
-def cpu_lookup(self, index, count, generator):
+def looked_up_by_a_cpu_index(self, index, count, generator):
     rows = torch.randperm(self.train_count)[: count + 1]
-    return self.vectors[rows], (rows.to(index.device) == index[:, None])
+    excluded = rows.to(index.device) == index[:, None]
+    return self.vectors[rows], excluded
 
 
-def reads_back(parameters, most):
-    return clip(parameters, most).item()
+def read_back(parameters, max_norm):
+    return clip_grad_norm(parameters, max_norm).item()
 
 
-def boolean_index(logits):
+def looked_up_by_a_mask(logits):
     finite = logits[..., 0].isfinite()
-    return -logits.log_softmax(-1)[..., 0][finite].view(finite.shape)
+    losses = -logits.log_softmax(-1)[..., 0]
+    return losses[finite].view(finite.shape)
 
 
-DEFECTS = {
-    "an index on the CPU, compared with one on the GPU": (memory_bank.MemoryBank, "draw_negatives", cpu_index),
-    "an index on the CPU for index_copy_": (memory_bank.MemoryBank, "update", cpu_rows),
-    "rows looked up by an index on the CPU": (memory_bank.MemoryBank, "draw_negatives", cpu_lookup),
-    "an item()": (torch.nn.utils, "clip_grad_norm_", reads_back),
-    "a boolean index": (pirl, "modified_nce", boolean_index),
+def sent_from_pageable_memory(tensor, device):
+    return tensor.to(device, non_blocking=True)
+
+
+# fmt: off
+DEFECTS = {  # what -> owner, name, flaw
+    "an index on the CPU, compared with one on the GPU":
+        (MemoryBank, "draw_negatives", compared_on_the_cpu),
+    "an index on the CPU for index_copy_":
+        (MemoryBank, "update", copied_by_a_cpu_index),
+    "rows looked up by an index on the CPU":
+        (MemoryBank, "draw_negatives", looked_up_by_a_cpu_index),
+    "an item()":
+        (torch.nn.utils, "clip_grad_norm_", read_back),
+    "a boolean index":
+        (pirl_stl_train_test, "modified_nce", looked_up_by_a_mask),
+    "an index from memory that is not pinned":
+        (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
 }
+# fmt: on
 
 
-def found(owner, name, flaw):
+def find_defect(owner, name, flaw):
     """What is seen of a defect: an error, or waits within steps."""
+    planted = mock.patch.object(owner, name, flaw)
     try:
-        with mock.patch.object(owner, name, flaw), scripts() as (seen, call, _):
-            call(pirl, "--epochs", 1, "--knn-every", 0)
+        with planted, scripts() as (seen, call, _):
+            call(pirl_stl_train_test, "--epochs", 1, "--knn-every", 0)
             return waits(seen)
     except RuntimeError as error:
         return [str(error)]
@@ -334,12 +532,19 @@ def found(owner, name, flaw):
 def main():
     if sys.argv[1:] == ["check"]:
         lines = check()
-        print("\n".join(lines) or "no step waits for the device, and no operator met tensors of two devices")
+        for line in lines:
+            print(line)
+        if not lines:
+            no_mixture = "no operator met tensors of two devices"
+            print(f"no step waits for the device, and {no_mixture}")
         sys.exit(bool(lines))
-    results = {what: found(*planted) for what, planted in DEFECTS.items()}
-    for what, lines in results.items():
+
+    all_found = True
+    for what, (owner, name, flaw) in DEFECTS.items():
+        lines = find_defect(owner, name, flaw)
         print(f"{what}: {lines[0] if lines else 'NOT FOUND'}")
-    sys.exit(not all(results.values()))
+        all_found = all_found and bool(lines)
+    sys.exit(not all_found)
 
 
 if __name__ == "__main__":

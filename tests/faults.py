@@ -1,10 +1,13 @@
-"""Faults thrown at the real scripts, each followed by --resume and a bit-for-bit comparison with an untouched run.
+"""Faults thrown at the real scripts, each followed by --resume and a comparison.
 
 python tests/faults.py --faults 200 --seed 0        # or: make faults
+
+The result must be, bit for bit, that of a run which nothing has disturbed.
 """
 
 import argparse
 import csv
+import functools
 import hashlib
 import math
 import os
@@ -20,47 +23,61 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import run_helpers as rh
 import torch
 from conftest import start, write_raw
 
+from checkpoints import read_torch_file
+from progress import progress_bar
+from run_helpers import UserError
+
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
-TIMES = 3  # that one run gets a signal, before it is left to end
-CHANGING = {"images_per_second", "seconds"}  # columns that depend on the machine's speed
+# How often one run gets a signal, before it is left to end.
+TIMES = 3
+# Columns of the CSV that depend on the machine's speed.
+SPEED_COLUMNS = {"images_per_second", "seconds"}
 
 
+# ---- The scripts, and their results --------------------------------------------------
 @dataclass
 class Job:
-    """A script with arguments that take {folder}, what to call its result, and how long it takes untouched."""
+    """A script with its arguments, in which {folder} stands for the run's folder."""
 
     script: str
     arguments: list
-    result: object  # folder -> comparable
+    result: Any  # a function: folder -> what is compared
     thin: bool = False  # whether with the thin trunk
+    # Of the untouched run:
     seconds: float = 0.0
     expected: object = None
-    largest: int = 0  # bytes, of the files that it writes
+    largest_file: int = 0  # bytes
 
     def start(self, folder, **options):
-        arguments = [str(argument).format(folder=folder) for argument in self.arguments]
+        arguments = [str(text).format(folder=folder) for text in self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         script = ["tests/thin_script", self.script] if self.thin else [self.script]
-        return start(*script, *arguments, env=environment, start_new_session=True, **options)
+        return start(
+            *script, *arguments, env=environment, start_new_session=True, **options
+        )
 
-    def end(self, folder, problems, **options):
+    def finish(self, folder, problems):
         """Let it run to its end; anything but success is a problem."""
-        process = self.start(folder, **options)
+        process = self.start(folder)
         _, err = process.communicate(timeout=300)
         if process.returncode:
-            problems.append(f"{self.script} ended with {process.returncode}: {err.strip()}")
-        return err
+            status = process.returncode
+            problems.append(f"{self.script} ended with {status}: {err.strip()}")
 
-    def same(self, folder, problems):
-        if not problems and self.result(folder) != self.expected:
-            problems.append(f"{self.script}: the result is another than that of the untouched run")
+    def compare(self, folder, problems):
+        """Unless there is a problem already: is the result the untouched run's?"""
+        if problems:
+            return
+        if self.result(folder) != self.expected:
+            what = "the result is another than that of the untouched run"
+            problems.append(f"{self.script}: {what}")
 
 
 def digest(value):
@@ -69,14 +86,15 @@ def digest(value):
 
     def add(value):
         if isinstance(value, torch.Tensor):
-            sha.update(str((value.dtype, value.shape)).encode() + value.contiguous().view(-1).numpy().tobytes())
+            sha.update(str((value.dtype, value.shape)).encode())
+            sha.update(value.contiguous().view(-1).numpy().tobytes())
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
                 add(str(key))
                 add(value[key])
         elif isinstance(value, list | tuple):
-            for each in value:
-                add(each)
+            for item in value:
+                add(item)
         else:
             sha.update(repr(value).encode())
 
@@ -84,248 +102,383 @@ def digest(value):
     return sha.hexdigest()
 
 
-def rows(folder):
+def history(folder):
+    """The rows of the CSV."""
+    rows = []
     with open(folder / "observations/run_observations.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in CHANGING} for row in csv.DictReader(file)]
+        for row in csv.DictReader(file):
+            for column in SPEED_COLUMNS:
+                row.pop(column, None)
+            rows.append(row)
+    return rows
 
 
 def pretrained(folder):
     """Weights, memory bank, optimiser and CSV."""
     model = torch.load(folder / "weights/run.pt", weights_only=True)
     checkpoint = torch.load(folder / "weights/run.ckpt", weights_only=True)
-    return digest([model["trunk"], model["head_f"], model["head_g"], checkpoint["run"]]), rows(folder)
+    parts = ("trunk", "head_f", "head_g")
+    exported = [model[name] for name in parts]
+    trained = [checkpoint[name] for name in (*parts, "optimizer", "bank")]
+    return digest(exported), digest(trained), history(folder)
 
 
 def fine_tuned(folder):
+    """Weights, results and CSV."""
     model = torch.load(folder / "weights/run.pt", weights_only=True)
-    return digest([model["trunk"], model["softmax_layer"], model["results"]]), rows(folder)
+    exported = [model[name] for name in ("trunk", "softmax_layer", "results")]
+    return digest(exported), history(folder)
 
 
 def prepared(folder):
     """Every image; and that nothing else lies there."""
-    files = sorted(path for path in (folder / "data").rglob("*") if path.is_file() and path.name != ".complete.json")
-    return digest([(str(path.relative_to(folder)), path.read_bytes()) for path in files])
+    files = sorted(path for path in (folder / "data").rglob("*") if path.is_file())
+    return digest(
+        [(str(path.relative_to(folder)), path.read_bytes()) for path in files]
+    )
 
 
 def make_jobs(folder, thin):
     """Data of the suite's own, and each job run once, untouched."""
     raw = write_raw(folder / "raw", COUNTS)
-    with tarfile.open(folder / "stl10.tgz", "w:gz", compresslevel=1) as archive:
+    archive_file = folder / "stl10.tgz"
+    with tarfile.open(archive_file, "w:gz", compresslevel=1) as archive:
         archive.add(raw, "stl10_binary")
-    run = ["--data-dir", folder / "reference_prepare/data", "--image-size", 36, "--batch-size", 16, "--device", "cpu"]
-    run += ["--experiment-name", "run", "--weights-dir", "{folder}/weights", "--checkpoint-minutes", 0.005]
-    run += ["--observations-dir", "{folder}/observations", "--resume", "True"]
-    paths = ["--raw-dir", "{folder}/raw", "--data-dir", "{folder}/data"]
+
+    # fmt: off
+    prepare = [
+        "--url", archive_file.as_uri(),
+        "--raw-dir", "{folder}/raw", "--data-dir", "{folder}/data",
+    ]
+    train = [
+        "--data-dir", folder / "reference_prepare/data", "--image-size", 36,
+        "--batch-size", 16, "--device", "cpu", "--experiment-name", "run",
+        "--weights-dir", "{folder}/weights",
+        "--observations-dir", "{folder}/observations",
+        "--checkpoint-minutes", 0.005, "--resume", "True",
+    ]
+    pretrain = [*train, "--epochs", 4, "--knn-every", 2]
+    fine_tune = [*train, "--epochs", 3, "--full-fine-tune", "True"]
+    # fmt: on
     jobs = {
-        "prepare": Job("stl10_data_load", ["--url", (folder / "stl10.tgz").as_uri(), *paths], prepared),
-        "pretrain": Job("pirl_stl_train_test", [*run, "--epochs", 4, "--knn-every", 2], pretrained, thin),
-        "fine-tune": Job("train_stl_after_ssl", [*run, "--epochs", 3, "--full-fine-tune", "True"], fine_tuned, thin),
+        "prepare": Job("stl10_data_load", prepare, prepared),
+        "pretrain": Job("pirl_stl_train_test", pretrain, pretrained, thin),
+        "fine-tune": Job("train_stl_after_ssl", fine_tune, fine_tuned, thin),
     }
+
     for name, job in jobs.items():
-        own, problems, started = folder / f"reference_{name}", [], time.monotonic()
+        own = folder / f"reference_{name}"
         own.mkdir()
-        job.end(own, problems)
+        problems = []
+        started = time.monotonic()
+        job.finish(own, problems)
         assert not problems, problems
-        job.seconds, job.expected = time.monotonic() - started, job.result(own)
-        job.largest = max(path.stat().st_size for path in own.rglob("*") if path.is_file())
+        job.seconds = time.monotonic() - started
+        job.expected = job.result(own)
+        files = [path for path in own.rglob("*") if path.is_file()]
+        job.largest_file = max(path.stat().st_size for path in files)
     return jobs
 
 
-# ---- The faults: (job, folder, random numbers) -> (how many faults, the problems) -----------------------------------
-
-
-def signalled(number, statuses):
-    def fault(job, folder, rng, times=TIMES):
-        faults, problems = 0, []
-        while faults < times and not problems:
-            process = job.start(folder)
-            time.sleep(rng.uniform(0, job.seconds))
-            running = process.poll() is None
-            if running:
-                process.send_signal(number)
-                faults += 1
-            out, err = process.communicate(timeout=120)
-            check_end(process, out, err, number, (0, *statuses), problems)
-            check_files(folder, problems)
-            if not running:  # it ended before the signal came: another one is disturbed
-                job.same(folder, problems)
-                empty(folder)
-        job.end(folder, problems)
-        job.same(folder, problems)
-        return faults, problems
-
-    return fault
+# ---- Checks --------------------------------------------------------------------------
+def has_finished(out):
+    """Whether a process, by what it has printed, has done all its work."""
+    lines = out.splitlines()
+    return any(
+        line.startswith("wrote ") or line.endswith("nothing to do") for line in lines
+    )
 
 
 def check_end(process, out, err, number, statuses, problems):
-    """Whether a process ended as it should by a signal, or (0) just before it."""
-    orderly = process.returncode in statuses and len(err.splitlines()) <= 1
-    # Between the steps of a training a signal is noted; elsewhere it ends the process, and Ctrl-C does so in one line.
-    killed = number != signal.SIGINT and process.returncode == -number and not err
-    # While it starts and imports, and once its work is done, Python itself answers Ctrl-C, in ways of its own.
-    unprepared = not out or "wrote" in out or "nothing to do" in out
-    by_python = process.returncode == -number or err.rstrip().rstrip(":").endswith("KeyboardInterrupt")
-    if not orderly and not killed and not (unprepared and by_python):
-        problems.append(f"status {process.returncode}, after {out!r}: {err.strip()}")
+    """Did a process end as it should by the signal, or with 0 just before it?"""
+    if has_finished(out):
+        # Only the result counts. While the interpreter takes itself down, Ctrl-C may
+        # print the traceback of any library.
+        return
+    status = process.returncode
+    orderly = status in (0, *statuses) and len(err.splitlines()) <= 1
+    # A signal ends the process at once, and Ctrl-C does so in one line. But a training
+    # notes signals from its first step to its end.
+    notes_signals = ": loss " in out
+    killed = status == -number and not err
+    if number == signal.SIGINT or (number == signal.SIGTERM and notes_signals):
+        killed = False
+    # While it starts and imports, Python itself answers Ctrl-C, in ways of its own.
+    interrupted = status == -number or err.rstrip(": \n").endswith("KeyboardInterrupt")
+    by_python = interrupted and not out
+    if not orderly and not killed and not by_python:
+        problems.append(f"status {status}, after {out!r}: {err.strip()}")
 
 
 def check_files(folder, problems):
     """Every file under its own name is whole."""
     for path in (folder / "weights").glob("[!.]*"):
         try:
-            rh.read_torch_file(path)
-        except rh.UserError as error:
+            read_torch_file(path)
+        except UserError as error:
             problems.append(str(error))
 
 
 def empty(folder):
     for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+# ---- The faults: (job, folder, random numbers) -> (how many faults, the problems) ----
+def signalled(job, folder, rng, number, statuses, times=TIMES):
+    """The signal comes at a random moment, `times` times.
+
+    statuses: with which the process may end then.
+    """
+    faults = 0
+    problems = []
+    while faults < times and not problems:
+        process = job.start(folder)
+        time.sleep(rng.uniform(0, job.seconds))
+        is_running = process.poll() is None
+        if is_running:
+            process.send_signal(number)
+            faults += 1
+        out, err = process.communicate(timeout=120)
+        check_end(process, out, err, number, statuses, problems)
+        check_files(folder, problems)
+
+        if has_finished(out) or not is_running:
+            # The signal came too late to disturb it: another run is disturbed.
+            job.compare(folder, problems)
+            if not problems:
+                empty(folder)
+
+    if not problems:
+        job.finish(folder, problems)
+        job.compare(folder, problems)
+    return faults, problems
 
 
 def twice_terminated(job, folder, rng):
-    process, problems, faults = job.start(folder), [], 0
+    """A second SIGTERM comes while the first one is being answered."""
+    faults = 0
+    problems = []
+    process = job.start(folder)
     time.sleep(rng.uniform(0, job.seconds))
     for pause in (rng.uniform(0, 0.3), 0):
         faults += process.poll() is None
         process.send_signal(signal.SIGTERM)
         time.sleep(pause)
-    _, err = process.communicate(timeout=120)
-    if process.returncode not in (0, 143, -signal.SIGTERM) or len(err.splitlines()) > 1:
+    out, err = process.communicate(timeout=120)
+
+    statuses = (0, 143, -signal.SIGTERM)
+    orderly = process.returncode in statuses and len(err.splitlines()) <= 1
+    if not orderly and not has_finished(out):
         problems.append(f"status {process.returncode}: {err.strip()}")
     check_files(folder, problems)
-    job.end(folder, problems)
-    job.same(folder, problems)
+    job.finish(folder, problems)
+    job.compare(folder, problems)
     return faults, problems
 
 
 def full_disk(job, folder, rng):
     """No file may grow beyond a random size, as on a disk that is full then."""
-    size, problems = int(10 ** rng.uniform(3, math.log10(job.largest))), []
+    size = int(10 ** rng.uniform(3, math.log10(job.largest_file)))
 
-    def small_disk():
+    def make_disk_small():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    process = job.start(folder, preexec_fn=small_disk)
+    problems = []
+    process = job.start(folder, preexec_fn=make_disk_small)
     _, err = process.communicate(timeout=120)
-    if process.returncode != 1 or not err.splitlines()[-1].startswith("error: "):
+    lines = err.splitlines() or [""]
+    if process.returncode != 1 or not lines[-1].startswith("error: "):
         problems.append(f"status {process.returncode}: {err.strip()}")
     check_files(folder, problems)
-    job.end(folder, problems)
-    job.same(folder, problems)
+    job.finish(folder, problems)
+    job.compare(folder, problems)
     return 1, problems
 
 
 def damaged_checkpoint(job, folder, rng):
-    """A checkpoint cut short, overwritten or with one byte changed is refused and left as it is: nothing is lost."""
-    file, problems = folder / "weights/run.ckpt", []
+    """A checkpoint is cut short, overwritten, or one of its bytes is another.
+
+    It is refused and left as it is; with a good copy in its place nothing is lost.
+    """
+    checkpoint_file = folder / "weights/run.ckpt"
     process = job.start(folder)
-    while process.poll() is None and not file.exists():
+    while process.poll() is None and not checkpoint_file.exists():
         time.sleep(0.02)
     time.sleep(rng.uniform(0, job.seconds / 3))
     process.kill()
     process.communicate()
-    whole = file.read_bytes()
-    hurt, place, how = bytearray(whole), rng.randrange(len(whole)), rng.choice(["cut", "byte", "zeros"])
-    if how == "cut":
-        del hurt[place:]
-    elif how == "byte":
-        hurt[place] ^= rng.randrange(1, 256)
+
+    whole = checkpoint_file.read_bytes()
+    damaged = bytearray(whole)
+    place = rng.randrange(len(whole))
+    damage = rng.choice(["cut", "byte", "zeros"])
+    if damage == "cut":
+        del damaged[place:]
+    elif damage == "byte":
+        damaged[place] ^= rng.randrange(1, 256)
     else:
-        hurt[place : place + 4096] = bytes(len(hurt[place : place + 4096]))
-    file.write_bytes(hurt)
+        end = min(place + 4096, len(whole))
+        damaged[place:end] = bytes(end - place)
+    checkpoint_file.write_bytes(damaged)
+
+    problems = []
     process = job.start(folder)
     _, err = process.communicate(timeout=300)
     if process.returncode:
-        refused = process.returncode == 1 and len(err.splitlines()) == 1 and err.startswith(f"error: {file} ")
-        if not refused or file.read_bytes() != hurt:
-            problems.append(f"{how} at {place}: status {process.returncode}: {err.strip()}")
-        file.write_bytes(whole)
-        job.end(folder, problems)
-    job.same(folder, problems)  # a byte of no account, such as a date, may differ
+        one_line = len(err.splitlines()) == 1
+        names_it = err.startswith(f"error: {checkpoint_file} ")
+        untouched = checkpoint_file.read_bytes() == damaged
+        if process.returncode != 1 or not (one_line and names_it and untouched):
+            status = f"status {process.returncode}"
+            problems.append(f"{damage} at {place}: {status}: {err.strip()}")
+        checkpoint_file.write_bytes(whole)
+        job.finish(folder, problems)
+    # Where it was not refused, a byte of no account may differ, such as one of a date.
+    job.compare(folder, problems)
     return 1, problems
 
 
 def second_run(job, folder, rng):
-    """A second run of the same name while the first lives is refused, and does the first no harm."""
-    first, problems = job.start(folder), []
+    """A second run of the same name is refused while the first one lives.
+
+    It does the first no harm.
+    """
+    first = job.start(folder)
     while first.poll() is None and not list((folder / "weights").glob("*.ckpt")):
         time.sleep(0.02)
     second = job.start(folder)
     _, err = second.communicate(timeout=120)
-    both = first.poll() is None
-    if both and (second.returncode != 1 or "another process" not in err):
-        problems.append(f"the second run ended with {second.returncode}: {err.strip()}")
+    met = first.poll() is None
+
+    problems = []
+    if met and (second.returncode != 1 or "another process" not in err):
+        status = second.returncode
+        problems.append(f"the second run ended with {status}: {err.strip()}")
     first.communicate(timeout=300)
     if first.returncode:
         problems.append(f"the first run ended with {first.returncode}")
-    job.same(folder, problems)
-    return int(both), problems
+    job.compare(folder, problems)
+    return int(met), problems
 
 
-SIGKILL, SIGTERM = signalled(signal.SIGKILL, ()), signalled(signal.SIGTERM, (143,))
-SIGINT = signalled(signal.SIGINT, (130,))
-FAULTS = [  # name, job, how, weight
-    ("SIGKILL", "pretrain", SIGKILL, 4),
-    ("SIGKILL", "fine-tune", SIGKILL, 4),
-    ("SIGKILL", "prepare", SIGKILL, 4),
-    ("SIGTERM", "pretrain", SIGTERM, 1),
-    ("SIGTERM", "fine-tune", SIGTERM, 1),
-    ("SIGINT", "pretrain", SIGINT, 1),
-    ("SIGINT", "fine-tune", SIGINT, 1),
-    ("SIGINT", "prepare", SIGINT, 1),
-    ("SIGTERM twice", "pretrain", twice_terminated, 1),
-    ("full disk", "pretrain", full_disk, 2),
-    ("full disk", "fine-tune", full_disk, 2),
-    ("full disk", "prepare", full_disk, 2),
-    ("checkpoint damaged", "pretrain", damaged_checkpoint, 2),
-    ("checkpoint damaged", "fine-tune", damaged_checkpoint, 2),
-    ("second run of the name", "pretrain", second_run, 1),
+sigkill = functools.partial(signalled, number=signal.SIGKILL, statuses=())
+sigterm = functools.partial(signalled, number=signal.SIGTERM, statuses=(143,))
+sigint = functools.partial(signalled, number=signal.SIGINT, statuses=(130,))
+
+
+@dataclass
+class Fault:
+    name: str
+    job: str
+    inflict: Any  # one of the functions above
+    weight: int = 1  # how often it is tried, compared with the others
+    times: int = 1  # how many faults it counts for
+
+
+FAULTS = [
+    Fault("SIGKILL", "pretrain", sigkill, weight=4, times=TIMES),
+    Fault("SIGKILL", "fine-tune", sigkill, weight=4, times=TIMES),
+    Fault("SIGKILL", "prepare", sigkill, weight=4, times=TIMES),
+    Fault("SIGTERM", "pretrain", sigterm, times=TIMES),
+    Fault("SIGTERM", "fine-tune", sigterm, times=TIMES),
+    Fault("SIGINT", "pretrain", sigint, times=TIMES),
+    Fault("SIGINT", "fine-tune", sigint, times=TIMES),
+    Fault("SIGINT", "prepare", sigint, times=TIMES),
+    Fault("SIGTERM twice", "pretrain", twice_terminated),
+    Fault("full disk", "pretrain", full_disk, weight=2),
+    Fault("full disk", "fine-tune", full_disk, weight=2),
+    Fault("full disk", "prepare", full_disk, weight=2),
+    Fault("checkpoint damaged", "pretrain", damaged_checkpoint, weight=2),
+    Fault("checkpoint damaged", "fine-tune", damaged_checkpoint, weight=2),
+    Fault("second run of the name", "pretrain", second_run),
 ]
 
 
-def throw(plan, seed, folder, bar=None, thin=False):
-    """Throw the faults of `plan`, two at a time: {(fault, job): [tried, survived, lost]}, [problems]."""
-    jobs, tally, found, lock = make_jobs(folder, thin), defaultdict(lambda: [0, 0, 0]), [], threading.Lock()
+# ---- The suite -----------------------------------------------------------------------
+@dataclass
+class Count:
+    tried: int = 0
+    survived: int = 0
+    lost: int = 0
 
-    def one(number):
-        name, job, fault, _ = plan[number]
+
+def throw(plan, seed, folder, bar=None, thin=False):
+    """Throw the faults of `plan`, two at a time.
+
+    Returns ({(fault's name, job): Count}, all problems).
+    """
+    jobs = make_jobs(folder, thin)
+    counts = defaultdict(Count)
+    all_problems = []
+    lock = threading.Lock()
+
+    def throw_one(number):
+        fault = plan[number]
         own = folder / str(number)
         own.mkdir()
-        count, problems = fault(jobs[job], own, random.Random(f"{seed} {number}"))
+        rng = random.Random(f"{seed} {number}")
+        tried, problems = fault.inflict(jobs[fault.job], own, rng)
+
         with lock:
-            counts = tally[name, job]
-            counts[0] += count
-            counts[2 if problems else 1] += count
-            found.extend(f"{name}, {job}, number {number}: {problem}" for problem in problems)
+            count = counts[fault.name, fault.job]
+            count.tried += tried
+            if problems:
+                count.lost += tried
+            else:
+                count.survived += tried
+            for problem in problems:
+                where = f"{fault.name}, {fault.job}, number {number}"
+                all_problems.append(f"{where}: {problem}")
             if bar is not None:
-                bar.update(count)
+                bar.update(tried)
         if not problems:  # what went wrong is left to be looked at
             empty(own)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, range(len(plan))))
-    return dict(tally), found
+        list(pool.map(throw_one, range(len(plan))))
+    return dict(counts), all_problems
+
+
+def make_plan(faults, rng):
+    """Random faults, at least so many."""
+    weights = [fault.weight for fault in FAULTS]
+    plan = []
+    while sum(fault.times for fault in plan) < faults:
+        plan += rng.choices(FAULTS, weights)
+    return plan
+
+
+def print_table(counts):
+    print("fault | script | times tried | times survived | data lost")
+    print("--- | --- | --- | --- | ---")
+    together = Count()
+    for (name, job), count in sorted(counts.items()):
+        print(f"{name} | {job} | {count.tried} | {count.survived} | {count.lost}")
+        together.tried += count.tried
+        together.survived += count.survived
+        together.lost += count.lost
+    print(f"together | | {together.tried} | {together.survived} | {together.lost}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--faults", type=int, default=200, help="how many at least (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the order (default: 0)")
+    add = parser.add_argument
+    add("--faults", type=int, default=200, help="how many at least (default: 200)")
+    add("--seed", type=int, default=0, help="of the moments and the order (default: 0)")
     args = parser.parse_args()
-    rng, plan, expected = random.Random(args.seed), [], 0
-    while expected < args.faults:
-        plan.append(rng.choices(FAULTS, [weight for *_, weight in FAULTS])[0])
-        expected += TIMES if plan[-1][2] in (SIGKILL, SIGTERM, SIGINT) else 1
+
+    plan = make_plan(args.faults, random.Random(args.seed))
+    expected = sum(fault.times for fault in plan)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"{len(plan)} runs to be disturbed, seed {args.seed}, in {folder}")
-    with rh.progress_bar(expected, "faults", " faults") as bar:
-        tally, problems = throw(plan, args.seed, folder, bar)
-    print("fault | script | times tried | times survived | data lost\n--- | --- | --- | --- | ---")
-    for (name, job), counts in sorted(tally.items()):
-        print(f"{name} | {job} | {' | '.join(map(str, counts))}")
-    print("together | | " + " | ".join(str(sum(counts[i] for counts in tally.values())) for i in range(3)))
+    with progress_bar(expected, "faults", " faults") as bar:
+        counts, problems = throw(plan, args.seed, folder, bar)
+    print_table(counts)
     print("\n".join(problems))
     sys.exit(bool(problems))
 

@@ -1,5 +1,6 @@
-"""pirl_stl_train_test.py for test_ranks.py, which starts it by torchrun: with eyes on every step, or with a flaw.
+"""pirl_stl_train_test.py for test_ranks.py, which starts it by torchrun.
 
+It runs with eyes on every step, or with a flaw:
 rank_worker.py <folder> <what> <arguments of the script>
 """
 
@@ -11,53 +12,85 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import run_helpers as rh
 import torch
 from conftest import ThinResNet18
 from torch import distributed, nn
 
+import dataset_helpers
 import models
-import pirl_stl_train_test as pirl
+import pirl_stl_train_test
+from pirl_stl_train_test import Pretraining
+from run_helpers import RANK, RANKS, UserError, run_script
 
-step, validate, plain_trunk = pirl.Pretraining.step, pirl.validate, pirl.Pretraining.plain_trunk
-load_unlabelled = pirl.dh.load_unlabelled
+train_step = Pretraining.train_step
+exported_trunk = Pretraining.exported_trunk
+validate = pirl_stl_train_test.validate
+load_unlabelled = dataset_helpers.load_unlabelled
+
+# For the test, as JSON.
 seen = {"steps": [], "buffers_equal": [], "features": 0}
 
 
 def same_on_all(tensor):
-    others = [torch.empty_like(tensor) for _ in range(rh.RANKS)]
-    distributed.all_gather(others, tensor.contiguous())
-    return all(torch.equal(tensor, other) for other in others)
+    everyone = [torch.empty_like(tensor) for _ in range(RANKS)]
+    distributed.all_gather(everyone, tensor.contiguous())
+    return all(torch.equal(tensor, one) for one in everyone)
 
 
-def watched_step(run, index, draws, epoch, number):
-    if what == "one-fails" and rh.RANK == 1 and number == 2:
-        raise rh.UserError("rank 1 has a problem of its own: solve it")
-    if what == "slow":
-        time.sleep(0.2)
-    sums = step(run, index, draws, epoch, number)
-    if what == "watch":
-        tensors = [tensor.detach() for tensor in (*run.model.parameters(), run.bank.vectors)]
-        share = index.tensor_split(rh.RANKS)[rh.RANK].tolist()
-        equal = [same_on_all(tensor) for tensor in tensors]  # all ranks take part in each comparison
-        seen["steps"].append({"epoch": epoch, "images": share, "equal": all(equal)})
-        seen["synchronised"] = any(isinstance(module, nn.SyncBatchNorm) for module in run.network.modules())
-    return sums
+def watched_step(trainer, index, uniforms, epoch, step):
+    totals = train_step(trainer, index, uniforms, epoch, step)
+
+    share = index.tensor_split(RANKS)[RANK].tolist()
+    tensors = [weight.detach() for weight in trainer.model.parameters()]
+    tensors.append(trainer.bank.vectors)
+    # A list first: all ranks take part in each comparison.
+    equal = [same_on_all(tensor) for tensor in tensors]
+    seen["steps"].append({"epoch": epoch, "images": share, "equal": all(equal)})
+
+    kinds = {type(module) for module in trainer.network.modules()}
+    seen["synchronised"] = nn.SyncBatchNorm in kinds
+    return totals
 
 
-def watched_validate(run, *rest):
-    result = validate(run, *rest)
-    seen["buffers_equal"] += [same_on_all(buffer) for buffer in run.model.buffers()]
+def watched_validate(trainer, *rest):
+    result = validate(trainer, *rest)
+    for buffer in trainer.model.buffers():
+        seen["buffers_equal"].append(same_on_all(buffer))
     return result
 
 
-def watched_plain_trunk(run):
+def watched_exported_trunk(trainer):
     seen["features"] += 1
-    return plain_trunk(run)
+    return exported_trunk(trainer)
+
+
+def failing_step(trainer, index, uniforms, epoch, step):
+    if RANK == 1 and step == 2:
+        raise UserError("rank 1 has a problem of its own", "solve it")
+    return train_step(trainer, index, uniforms, epoch, step)
+
+
+def slow_step(*arguments):
+    time.sleep(0.2)
+    return train_step(*arguments)
+
+
+def slow_validate(trainer, *rest):
+    print("validating", flush=True)
+    time.sleep(2)
+    return validate(trainer, *rest)
+
+
+def other_images(*arguments):
+    images, train_count, checksum = load_unlabelled(*arguments)
+    return images, train_count, checksum + RANK
 
 
 def freeze(patch):
-    """Batch norm as in eval mode: then the batch that an image is in is of no account. patch: setattr, or alike."""
+    """Batch norm as in eval mode: then the batch that an image is in is of no account.
+
+    patch: setattr, or alike.
+    """
 
     def train(self, mode=True):
         nn.Module.train(self, mode)
@@ -70,23 +103,30 @@ def freeze(patch):
     patch(models.PIRL, "train", train)
 
 
-def other_images(*args):
-    images, train_count, checksum = load_unlabelled(*args)
-    return images, train_count, checksum + rh.RANK
+def put_in(what):
+    if what == "watch":
+        Pretraining.train_step = watched_step
+        Pretraining.exported_trunk = watched_exported_trunk
+        pirl_stl_train_test.validate = watched_validate
+    elif what == "one-fails":
+        Pretraining.train_step = failing_step
+    elif what == "slow":
+        Pretraining.train_step = slow_step
+    elif what == "slow-validation":
+        pirl_stl_train_test.validate = slow_validate
+    elif what == "other-images":
+        dataset_helpers.load_unlabelled = other_images
+    elif what == "frozen":
+        freeze(setattr)
 
 
 if __name__ == "__main__":
-    folder, what = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(sys.argv[1])
+    what = sys.argv[2]
     sys.argv = [sys.argv[0], *sys.argv[3:]]
     models.TRUNKS["res18"] = ThinResNet18
-    pirl.Pretraining.step = watched_step
-    if what == "watch":
-        pirl.validate, pirl.Pretraining.plain_trunk = watched_validate, watched_plain_trunk
-    if what == "other-images":
-        pirl.dh.load_unlabelled = other_images
-    if what == "frozen":
-        freeze(setattr)
+    put_in(what)
     try:
-        rh.run_script(pirl.main)
+        run_script(pirl_stl_train_test.main)
     finally:
-        (folder / f"{what}_{rh.RANK}.json").write_text(json.dumps(seen))
+        (folder / f"{what}_{RANK}.json").write_text(json.dumps(seen))

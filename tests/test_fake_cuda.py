@@ -1,6 +1,10 @@
-"""Both scripts on pretended CUDA tensors, by fake_cuda.py: what a machine without a GPU can tell about one with it."""
+"""Both training scripts on pretended CUDA tensors, by fake_cuda.py.
+
+What a machine without a GPU can tell about one with it.
+"""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -31,12 +35,16 @@ def pretend(what):
 
 def test_no_step_waits_for_the_device_and_no_operator_meets_two_devices():
     out = pretend("check")
-    assert out.count("PIRL, res18, cuda, ") == 5, "the runs took place on the pretended device"
-    assert out.endswith("no step waits for the device, and no operator met tensors of two devices\n")
+    runs = re.findall("PIRL, .*, res18, cuda, ", out)
+    assert len(runs) == 5, "the runs took place on the pretended device"
+    assert out.endswith(
+        "no step waits for the device, and no operator met tensors of two devices\n"
+    )
 
 
 @pytest.mark.slow
 def test_planted_defects_are_found():
-    assert "NOT FOUND" not in (out := pretend("defects"))
+    out = pretend("defects")
+    assert "NOT FOUND" not in out
     assert out.count("cuda:0 and cpu") == 2
-    assert out.count(" at pirl_stl_train_test.py:") == 3
+    assert out.count(" at pirl_stl_train_test.py:") == 4

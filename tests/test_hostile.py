@@ -1,10 +1,9 @@
-"""Arbitrary bytes for the readers: a result or the one-line error, never anything else, and little memory."""
+"""Arbitrary bytes for the readers: a result or the one-line error, in little memory."""
 
 import io
 import resource
 import zipfile
 
-import run_helpers as rh
 import numpy as np
 import pytest
 import torch
@@ -12,13 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import dataset_helpers as dh
-import stl10_data_load
+from checkpoints import read_torch_file
+from dataset_helpers import load_images
+from run_helpers import UserError
+from stl10_data_load import IMAGE_BYTES, SPLITS, check_raw
 
-IMAGE_BYTES = stl10_data_load.IMAGE_BYTES
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 MODERATE = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -29,17 +32,25 @@ def little_memory():
     assert peak < 2 * 2**30, f"{peak / 2**30:.1f} GB"
 
 
-def png(mode="RGB", size=(96, 96), **options):
+def png(mode="RGB", size=(96, 96)):
+    width, height = size
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (height, width, 4), np.uint8)
     file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
-    Image.fromarray(noise, "RGBA").convert(mode).save(file, "PNG", **options)
+    Image.fromarray(noise, "RGBA").convert(mode).save(file, "PNG")
     return file.getvalue()
 
 
 def checkpoint():
+    content = {
+        "kind": "ours",
+        "settings": {"lr": 0.1},
+        "trunk": {"w": torch.arange(100.0)},
+        "bank": torch.ones(9, 9),
+        "training": {"history": [{"epoch": 1}]},
+    }
     file = io.BytesIO()
-    content = {"model": {"w": torch.arange(100.0)}, "rows": [{"epoch": 1}], "bank": torch.ones(9, 9)}
-    torch.save({"kind": "ours", "settings": {"lr": 0.1}, **content}, file)
+    torch.save(content, file)
     return file.getvalue()
 
 
@@ -52,7 +63,8 @@ def damaged(draw, whole):
         stop = min(len(content), start + draw(st.integers(0, 64)))
         how = draw(st.sampled_from(["overwrite", "cut", "end", "double", "insert"]))
         if how == "overwrite":
-            content[start:stop] = draw(st.binary(min_size=stop - start, max_size=stop - start))
+            length = stop - start
+            content[start:stop] = draw(st.binary(min_size=length, max_size=length))
         elif how == "cut":
             del content[start:stop]
         elif how == "end":
@@ -64,11 +76,14 @@ def damaged(draw, whole):
     return bytes(content)
 
 
-def result_or_line(function, path, *arguments):
-    """What the function returns; None if it ends in one line of the form "what is wrong: what to do" with the path."""
+def result_or_line(function, path):
+    """What the function returns; None if it ends in one line with the path.
+
+    The line has the form "what is wrong: what to do".
+    """
     try:
-        return function(path, *arguments)
-    except rh.UserError as error:
+        return function(path)
+    except UserError as error:
         line = str(error)
     assert "\n" not in line
     assert str(path) in line
@@ -76,21 +91,43 @@ def result_or_line(function, path, *arguments):
     return None
 
 
+image_bytes = st.one_of(
+    st.binary(max_size=400),
+    damaged(png()),
+    damaged(png("P")),
+    damaged(png("L", (40, 40))),
+)
+
+
 @MODERATE
-@given(st.one_of(st.binary(max_size=400), damaged(png()), damaged(png("P")), damaged(png("L", (40, 40)))))
+@given(image_bytes)
 def test_images(tmp_path, content):
     path = tmp_path / "3.png"
     path.write_bytes(content)
-    images = result_or_line(lambda path: dh.load_images([path], 96, torch.device("cpu"), "images")[0], path)
-    assert images is None or (images.shape, images.dtype) == ((1, 3, 96, 96), torch.uint8)
+
+    def read(path):
+        images, _ = load_images([path], 96, torch.device("cpu"), "images")
+        return images
+
+    images = result_or_line(read, path)
+    if images is not None:
+        assert images.shape == (1, 3, 96, 96)
+        assert images.dtype == torch.uint8
+
+
+checkpoint_bytes = st.one_of(
+    st.binary(max_size=400),
+    damaged(checkpoint()),
+    damaged(checkpoint()[:600]),
+)
 
 
 @MODERATE
-@given(st.one_of(st.binary(max_size=400), damaged(checkpoint()), damaged(checkpoint()[:600])))
+@given(checkpoint_bytes)
 def test_checkpoints(tmp_path, content):
     path = tmp_path / "run.ckpt"
     path.write_bytes(content)
-    state = result_or_line(rh.read_torch_file, path)
+    state = result_or_line(read_torch_file, path)
     assert state is None or state["kind"] == "ours"
 
 
@@ -103,35 +140,39 @@ def test_checkpoints_whose_checksums_are_right(tmp_path, pickled):
         archive.writestr("archive/data.pkl", b"\x80\x02" + pickled + b".")
         archive.writestr("archive/version", "3\n")
         archive.writestr("archive/byteorder", "little")
-    state = result_or_line(rh.read_torch_file, path)
+    state = result_or_line(read_torch_file, path)
     assert not isinstance(state, dict) or "kind" not in state
 
 
-raw_files = st.fixed_dictionaries(
-    {
-        name: st.one_of(
-            st.none(),
-            st.binary(max_size=50),
-            st.integers(0, 3).map(lambda count: bytes(count * IMAGE_BYTES)),
-            st.tuples(st.integers(1, 3), st.integers(-2, 2)).map(lambda n: bytes(n[0] * IMAGE_BYTES + n[1])),
-            st.lists(st.integers(1, 10), max_size=3).map(bytes),
-        )
-        for names in stl10_data_load.SPLITS.values()
-        for name in names
-        if name
-    }
+def of_about_n_images(numbers):
+    """The length of some images, or a byte or two less or more."""
+    count, surplus = numbers
+    return bytes(count * IMAGE_BYTES + surplus)
+
+
+raw_file = st.one_of(
+    st.none(),
+    st.binary(max_size=50),
+    st.integers(0, 3).map(lambda count: bytes(count * IMAGE_BYTES)),
+    st.tuples(st.integers(1, 3), st.integers(-2, 2)).map(of_about_n_images),
+    st.lists(st.integers(1, 10), max_size=3).map(bytes),
 )
+raw_names = [name for names in SPLITS.values() for name in names if name]
 
 
 @MODERATE
-@given(raw_files)
+@given(st.fixed_dictionaries(dict.fromkeys(raw_names, raw_file)))
 def test_raw_files(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).unlink(missing_ok=True)
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    counts = result_or_line(stl10_data_load.check_raw, tmp_path)
-    for split, (images, labels) in stl10_data_load.SPLITS.items() if counts else ():
+
+    counts = result_or_line(check_raw, tmp_path)
+    if counts is None:
+        return
+    for split, (images, labels) in SPLITS.items():
         assert len(files[images]) == counts[split] * IMAGE_BYTES > 0
-        assert labels is None or len(files[labels]) == counts[split]
-        assert labels is None or set(files[labels]) <= set(range(1, 11))
+        if labels is not None:
+            assert len(files[labels]) == counts[split]
+            assert set(files[labels]) <= set(range(1, 11))

@@ -1,130 +1,197 @@
+"""The jigsaw view: which pixels its patches are, and that all orders are alike."""
+
 import math
 
-import run_helpers as rh
 import pytest
 import torch
 
-import jigsaw
-from dataset_helpers import MEAN, STD, crop_box
-from jigsaw import JIGSAW_DRAWS, jigsaw_view, patch_places, patch_sizes
+from augmentations import PIXEL_MEAN, PIXEL_STD, crop_box
+from jigsaw import PRETEXT_CROP_AREA, Jigsaw, patch_places, patch_sizes
+from run_helpers import make_generator
+
+# The columns of an image's random numbers.
+CROP = slice(0, 4)
+OFFSETS = slice(4, 22)
+COLOURS = slice(22, 76)
+ORDER = slice(76, 85)
 
 
-def draws(count, seed=0):
-    return torch.rand(count, JIGSAW_DRAWS, generator=rh.generator("cpu", seed))
+def make_uniforms(count, seed=0):
+    return torch.rand(count, Jigsaw.uniforms, generator=make_generator("cpu", seed))
 
 
-def without_colour(rows, whole_image=False):
-    """The same draws with no jitter and no gray, and with the crop being the whole image if asked."""
-    rows = rows.clone()
-    colours = rows[:, 4 + 18 : 4 + 18 + 54].view(-1, 9, 6)
-    colours[..., 4], colours[..., 5] = 0.99, 0.99
-    if whole_image:
-        rows[:, 0], rows[:, 1] = 1 - 2**-24, 0.5
-    return rows
+def without_colour(uniforms):
+    """The same random numbers, but with no colour jitter and no gray."""
+    uniforms = uniforms.clone()
+    colours = uniforms[:, COLOURS].unflatten(1, (9, 6))
+    colours[..., 4] = 0.99
+    colours[..., 5] = 0.99
+    return uniforms
+
+
+def of_whole_image(uniforms):
+    """The same random numbers, but with the crop being the whole image."""
+    uniforms = uniforms.clone()
+    uniforms[:, 0] = 1 - 2**-24
+    uniforms[:, 1] = 0.5
+    return uniforms
 
 
 def to_pixels(patches, count):
     """Back to 0 … 255: [B, 9, 3, P, P]."""
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    mean = torch.tensor(PIXEL_MEAN)[:, None, None]
+    std = torch.tensor(PIXEL_STD)[:, None, None]
     return ((patches * std + mean) * 255).unflatten(0, (count, 9))
 
 
-def places_of(rows, side):
-    """Where the paper would cut, in plain Python: [(cell, top, left)] of each presented patch."""
-    cell, patch = side // 3, min(side // 3, 30 * side // 96)
+def places_of(uniforms, side):
+    """Where the paper would cut, in plain Python.
+
+    For each image a list of its patches in the order of presentation, each a
+    (cell, top, left).
+    """
+    cell_side = side // 3
+    patch = min(cell_side, 30 * side // 96)
+    free = cell_side - patch + 1
+
     result = []
-    for row in rows:
-        offsets, order = row[4:22].view(9, 2).tolist(), row[76:85].tolist()
-        presented = sorted(range(9), key=lambda c: order[c])
-        result.append(
-            [
-                (c, c // 3 * cell + int(y * (cell - patch + 1)), c % 3 * cell + int(x * (cell - patch + 1)))
-                for c, (y, x) in zip(presented, offsets, strict=True)
-            ]
-        )
+    for row in uniforms:
+        offsets = row[OFFSETS].view(9, 2).tolist()
+        order = row[ORDER].tolist()
+        presented = sorted(range(9), key=lambda cell: order[cell])
+        places = []
+        for cell, (y, x) in zip(presented, offsets, strict=True):
+            top = cell // 3 * cell_side + int(y * free)
+            left = cell % 3 * cell_side + int(x * free)
+            places.append((cell, top, left))
+        result.append(places)
     return result
 
 
+# ---- Pixels --------------------------------------------------------------------------
 @pytest.mark.parametrize("side", [96, 48, 64])
 def test_every_patch_is_the_pixels_it_claims_to_be(side):
-    """Crop of the whole image, no colours: each patch is a copy of a square of the image."""
+    """Crop of the whole image, no colours: each patch is a copy of a square of it."""
     images = torch.randint(0, 256, (6, 3, side, side)).float()
-    rows = without_colour(draws(6), whole_image=True)
-    patches = to_pixels(jigsaw_view(images, rows), 6)
-    size = patch_sizes(side)[1]
-    for image, shown, places in zip(images, patches, places_of(rows, side), strict=True):
-        assert sorted(c for c, _, _ in places) == list(range(9)), "all nine cells, each once"
+    uniforms = of_whole_image(without_colour(make_uniforms(6)))
+    patches = to_pixels(Jigsaw()(images, uniforms), 6)
+
+    _, size = patch_sizes(side)
+    places_of_images = places_of(uniforms, side)
+    for image, shown, places in zip(images, patches, places_of_images, strict=True):
+        cells = [cell for cell, _, _ in places]
+        assert sorted(cells) == list(range(9)), "all nine cells, each once"
         for patch, (_, top, left) in zip(shown, places, strict=True):
-            torch.testing.assert_close(patch, image[:, top : top + size, left : left + size], rtol=0, atol=0.02)
+            square = image[:, top : top + size, left : left + size]
+            torch.testing.assert_close(patch, square, rtol=0, atol=0.02)
 
 
 def test_patches_of_a_crop_come_from_where_the_crop_says():
-    """On images whose red is the row and green the column, a pixel says where it came from."""
+    """If red is the row and green the column, a pixel says where it is from.
+
+    At the crop's border, too: there it may be from half a pixel beyond the crop, but
+    not from beyond the image.
+    """
     side = 96
     place = torch.arange(side).float()
-    image = torch.stack([place[:, None].expand(side, side), place[None].expand(side, side), torch.zeros(side, side)])
-    rows = without_colour(draws(40, seed=3))
-    patches = to_pixels(jigsaw_view(image.repeat(40, 1, 1, 1), rows), 40)
-    (top, left), (height, width) = (pair.T for pair in crop_box(rows[:, :4], side, jigsaw.PRETEXT_CROP_AREA))
-    for i, places in enumerate(places_of(rows, side)):
+    red = place[:, None].expand(side, side)
+    green = place[None].expand(side, side)
+    image = torch.stack([red, green, torch.zeros(side, side)])
+    uniforms = without_colour(make_uniforms(40, seed=3))
+    patches = to_pixels(Jigsaw()(image.repeat(40, 1, 1, 1), uniforms), 40)
+
+    corner, size = crop_box(uniforms[:, CROP], side, PRETEXT_CROP_AREA)
+    pixels = place[:30] + 0.5
+    for i, places in enumerate(places_of(uniforms, side)):
+        top, left = corner[i]
+        height, width = size[i]
         for p, (_, row, column) in enumerate(places):
-            y = top[i] + (row + place[:30] + 0.5) * height[i] / side - 0.5
-            x = left[i] + (column + place[:30] + 0.5) * width[i] / side - 0.5
-            y, x = y.clamp(top[i], top[i] + height[i] - 1), x.clamp(left[i], left[i] + width[i] - 1)
-            torch.testing.assert_close(patches[i, p, 0], y[:, None].expand(30, 30), rtol=0, atol=0.02)
-            torch.testing.assert_close(patches[i, p, 1], x[None].expand(30, 30), rtol=0, atol=0.02)
+            y = top + (row + pixels) * height / side - 0.5
+            x = left + (column + pixels) * width / side - 0.5
+            y = y.clamp(0, side - 1)[:, None].expand(30, 30)
+            x = x.clamp(0, side - 1)[None].expand(30, 30)
+            torch.testing.assert_close(patches[i, p, 0], y, rtol=0, atol=0.02)
+            torch.testing.assert_close(patches[i, p, 1], x, rtol=0, atol=0.02)
 
 
 def test_crop_keeps_at_least_60_percent_and_stays_inside():
-    (top, left), (height, width) = (pair.T for pair in crop_box(draws(20000)[:, :4], 96, jigsaw.PRETEXT_CROP_AREA))
-    area = height * width / 96**2
+    corner, size = crop_box(make_uniforms(20000)[:, CROP], 96, PRETEXT_CROP_AREA)
+    area = size.prod(1) / 96**2
     assert area.min() >= 0.6 - 1e-5
     assert area.max() <= 1 + 1e-5
-    for start, extent in ((top, height), (left, width)):
-        assert start.min() >= -1e-4
-        assert (start + extent).max() <= 96 + 1e-3
-
-
-def test_permutation_is_uniform_and_independent_of_the_cell():
-    count = 60000
-    rows = draws(count, seed=5)
-    permutation, _ = patch_places(rows[:, 4:22].view(-1, 9, 2), rows[:, 76:85], 96)
-    assert (permutation.sort(1).values == torch.arange(9)).all()
-    expected = count / 9
-    for place in range(9):
-        seen = torch.bincount(permutation[:, place], minlength=9)
-        assert ((seen - expected) ** 2 / expected).sum() < 30  # 8 degrees of freedom: 1 in 5,000
-    pairs = torch.bincount(permutation[:, 0] * 9 + permutation[:, 8], minlength=81).view(9, 9)
-    expected = count / 72
-    assert pairs.diagonal().sum() == 0
-    assert ((pairs[~torch.eye(9, dtype=bool)] - expected) ** 2 / expected).sum() < 120  # 71 degrees: 1 in 5,000
-    # whole permutations: with 60,000 of 362,880 equally likely ones, so many differ
-    code = (permutation * 9 ** torch.arange(9)).sum(1).unique().numel()
-    assert abs(code - 362880 * (1 - math.exp(-count / 362880))) < 500
-
-
-def test_offsets_reach_every_place_in_the_cell_equally_often():
-    rows = draws(20000, seed=6)
-    permutation, pixels = patch_places(rows[:, 4:22].view(-1, 9, 2), rows[:, 76:85], 96)
-    y, x = pixels[..., 0].long().unbind(2)
-    for offset in (y - permutation // 3 * 32, x - permutation % 3 * 32):
-        assert offset.min() == 0
-        assert offset.max() == 2
-        seen = torch.bincount(offset.flatten(), minlength=3) / offset.numel()
-        assert (seen - 1 / 3).abs().max() < 0.01
+    assert corner.min() >= -1e-4
+    assert (corner + size).max() <= 96 + 1e-3
 
 
 def test_each_patch_has_its_own_colours():
     images = torch.full((4, 3, 96, 96), 120.0)
-    images[:, 0], images[:, 2] = 180.0, 60.0
-    patches = to_pixels(jigsaw_view(images, draws(4, seed=7)), 4).mean((-1, -2))
-    for image in patches:
-        different = {tuple(round(v, 1) for v in patch.tolist()) for patch in image}
+    images[:, 0] = 180.0
+    images[:, 2] = 60.0
+    patches = to_pixels(Jigsaw()(images, make_uniforms(4, seed=7)), 4)
+    for colours in patches.mean((-1, -2)):  # [9, 3]
+        different = {tuple(round(value, 1) for value in c.tolist()) for c in colours}
         assert len(different) >= 6
 
 
 def test_shape_type_and_memory_format():
-    view = jigsaw_view(torch.rand(5, 3, 96, 96) * 255, draws(5))
+    view = Jigsaw()(torch.rand(5, 3, 96, 96) * 255, make_uniforms(5))
     assert view.shape == (45, 3, 30, 30)
     assert view.dtype == torch.float32
     assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- Places --------------------------------------------------------------------------
+def random_places(count, seed):
+    """Permutation [N, 9] and corners [N, 9, 2] of random patches of 96 × 96 pixels."""
+    uniforms = make_uniforms(count, seed)
+    offsets = uniforms[:, OFFSETS].unflatten(1, (9, 2))
+    return patch_places(offsets, uniforms[:, ORDER], 96)
+
+
+def chi_square(counts, expected):
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+def test_permutation_is_uniform_and_independent_of_the_cell():
+    count = 60000
+    permutation, _ = random_places(count, seed=5)
+    assert (permutation.sort(1).values == torch.arange(9)).all()
+
+    for place in range(9):
+        counts = torch.bincount(permutation[:, place], minlength=9)
+        assert chi_square(counts, count / 9) < 30  # 8 degrees of freedom: 1 in 5,000
+
+    first_and_last = permutation[:, 0] * 9 + permutation[:, 8]
+    pairs = torch.bincount(first_and_last, minlength=81).view(9, 9)
+    assert pairs.diagonal().sum() == 0
+    different = ~torch.eye(9, dtype=bool)
+    # 71 degrees of freedom: 1 in 5,000.
+    assert chi_square(pairs[different], count / 72) < 120
+
+    # Whole permutations: of 60,000 draws from 362,880 equally likely ones, so many
+    # differ.
+    codes = (permutation * 9 ** torch.arange(9)).sum(1)
+    expected = 362880 * (1 - math.exp(-count / 362880))
+    assert abs(codes.unique().numel() - expected) < 500
+
+
+def test_offsets_reach_every_place_in_the_cell_equally_often():
+    permutation, corners = random_places(20000, seed=6)
+    y, x = corners.long().unbind(2)
+    for offset in (y - permutation // 3 * 32, x - permutation % 3 * 32):
+        assert offset.min() == 0
+        assert offset.max() == 2
+        shares = torch.bincount(offset.flatten(), minlength=3) / offset.numel()
+        assert (shares - 1 / 3).abs().max() < 0.01
+
+
+# ---- The head ------------------------------------------------------------------------
+@pytest.mark.parametrize("non_linear", [False, True])
+def test_the_head_knows_the_order_of_the_patches(non_linear):
+    head = Jigsaw().make_head(64, non_linear)
+    features = torch.randn(3, 9, 64)
+    with torch.no_grad():
+        vectors = head(features)
+        shuffled = head(features.flip(1))
+    assert vectors.shape == (3, 128)
+    assert (vectors - shuffled).abs().mean() > 0.01

@@ -125,19 +125,20 @@ def crop_box(uniforms, side, area):
 def box_transforms(corner, size, side):
     """The maps from the pixels of a box to those of the image, for F.affine_grid.
 
-    Both sides of the map are in −1 … 1 from edge to edge, and (x, y) rather than
-    (vertical, horizontal). corner and size [..., 2] -> [..., 2, 3].
+    corner and size [..., 2], vertical and horizontal, in pixels -> [..., 2, 3]: the
+    matrices [[scale_x, 0, centre_x], [0, scale_y, centre_y]]. Coordinates are −1 at the
+    left and upper edge, of the box as of the image, and 1 at the others.
     """
-    scale = size / side
-    centre = (2 * corner + size) / side - 1
-    return torch.cat([torch.diag_embed(scale.flip(-1)), centre.flip(-1)[..., None]], -1)
+    scale = (size / side).flip(-1)  # (x, y) from here on
+    centre = ((2 * corner + size) / side - 1).flip(-1)
+    return torch.cat([torch.diag_embed(scale), centre[..., None]], dim=-1)
 
 
 def flip_half(transforms, uniforms):
-    """Mirror half of the images: transforms [B, 2, 3], uniforms [B, 1]."""
+    """Mirror each box with probability 1/2: transforms [B, 2, 3], uniforms [B, 1]."""
     sign = torch.where(uniforms < 0.5, 1.0, -1.0)
     ones = torch.ones_like(sign)
-    # The factor of the box's own x coordinate.
+    # Only the first column, by which the box's x is multiplied, changes its sign.
     return transforms * torch.stack([sign, ones, ones], dim=2)
 
 
@@ -178,7 +179,7 @@ class ColourJitter(nn.Module):
     def __init__(self, strength):
         """strength: how far the colours may go, 1 for the ranges above.
 
-        With strength 0 all images keep their colours, grayscale included.
+        With strength 0 all images keep their colours; none becomes gray.
         """
         super().__init__()
         self.strength = strength
@@ -198,7 +199,8 @@ class ColourJitter(nn.Module):
     def parameters_of(self, uniforms):
         """uniforms [N, 6] -> brightness, contrast, saturation and hue, each [N].
 
-        The first three are factors (saturation 0 is gray), the hue is in radians.
+        The first three are factors (saturation 0 is gray), the hue is in radians. Four
+        uniforms say how much of each, the last two whether there is jitter, and gray.
         """
         jittered = uniforms[:, 4] < JITTER_PROBABILITY
         change = between(uniforms[:, :4], -1, 1) * jittered[:, None] * self.strength

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import os
-import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +141,8 @@ class TrainingState:
         self.history = saved["history"]
 
 
-# They belong to the place where a run goes on, not to the run.
+# Paths and devices depend on the machine where a run goes on, the others on the
+# command: a resumed run takes them from the command line, and ranks may differ in them.
 NEVER_RESTORED = {
     "data_dir",
     "weights_dir",
@@ -151,7 +151,8 @@ NEVER_RESTORED = {
     "device",
     "resume",
 }
-# What a resumed run of either script may change.
+# What a resumed run of either script may change. All other flags are refused if they
+# differ; so is a flag that is added to a script, without being named anywhere.
 CHANGEABLE = {"checkpoint_minutes", "precision"}
 
 
@@ -236,24 +237,24 @@ class Experiment:
             print(f"there is no {where} yet: starting from the beginning")
         return None
 
-    def restore_settings(self, parser, argv, checkpoint, changeable):
+    def restore_settings(self, parser, argv, args, checkpoint, changeable):
         """Parse the arguments again, with the checkpoint's settings as the defaults.
 
         So a flag that is left out keeps the value that the run had. A flag that is
-        given and differs is refused, unless it is among `changeable`.
+        given and differs is refused, unless it is among `changeable`. args: as parsed
+        without the checkpoint.
         """
-        known = vars(parser.parse_args(argv))
         with explain_mismatch(self.checkpoint_file, "choose another --experiment-name"):
             saved = {
                 name: value
                 for name, value in checkpoint["settings"].items()
-                if name in known and name not in NEVER_RESTORED
+                if name in vars(args) and name not in NEVER_RESTORED
             }
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
 
-        refused = []
         print(f"going on from {self.checkpoint_file}")
+        refused = []
         for name, before in saved.items():
             now = getattr(args, name)
             if now == before:
@@ -318,18 +319,28 @@ PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in o
 
 # Where other projects keep the weights in their checkpoints.
 WRAPPERS = ("state_dict", "model", "teacher", "student", "backbone", "net", "network")
-# Of two encoders, the one that is trained by gradients is meant (DINO's is its
-# teacher).
+# Of two encoders, the one that is trained by gradients is used, and of DINO's the
+# teacher.
 SECOND_ENCODERS = ("encoder_k", "momentum", "key", "target", "student", "ema")
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+# lightly's examples keep torchvision's layers in a Sequential, under these numbers.
+SEQUENTIAL_LAYERS = {
+    "0": "conv1",
+    "1": "bn1",
+    "4": "layer1",
+    "5": "layer2",
+    "6": "layer3",
+    "7": "layer4",
+}
 
 
 def read_weights(name, weights_dir):
     """(file, content) of a path, or of a name under the weights folder.
 
-    Any file of the training scripts will do, and other projects' ResNets under
-    torchvision's names. The content has the state dicts of PARTS that there are,
-    "settings" ({} of other projects) and, where there are any, "classes" and "history".
+    The file is a model or a checkpoint of the training scripts, or holds another
+    project's ResNet. The content is a dict: state dicts under the names in PARTS,
+    "settings" ({} of other projects), "finished" (whether it is no checkpoint of a run)
+    and, where there are any, "kind", "classes" and "history".
     """
     name = os.path.expanduser(name)
     candidates = [
@@ -350,12 +361,15 @@ def read_weights(name, weights_dir):
     advice = "give a file of these scripts, or of a ResNet under torchvision's names"
     with explain_mismatch(path, advice):
         if "trunk" not in content or "settings" not in content:
-            return path, {"trunk": find_trunk(content), "settings": {}}
+            trunk = find_trunk(content)
+            return path, {"trunk": trunk, "settings": {}, "finished": True}
+
         weights = {"trunk": content["trunk"], "settings": dict(content["settings"])}
-        for key in (*PARTS, "classes", "history"):
+        for key in (*PARTS, "kind", "classes", "history"):
             if key in content:
                 weights[key] = content[key]
-        if "training" in content:  # a checkpoint
+        weights["finished"] = "training" not in content
+        if not weights["finished"]:
             weights["history"] = content["training"]["history"]
         return path, weights
 
@@ -364,63 +378,62 @@ def find_trunk(content):
     """The ResNet in another project's checkpoint, under torchvision's names.
 
     MoCo, SwAV, DINO, SimCLR, solo-learn, SupContrast, lightly, timm and others wrap the
-    network in modules of their own, DistributedDataParallel or torch.compile: every
-    name begins with theirs, such as module.encoder_q. What is there before the name of
-    the first convolution is taken off all names.
+    network in modules of their own, in DistributedDataParallel or torch.compile: all
+    its names begin with theirs, as in module.encoder_q.layer1.0.conv1.weight. What
+    comes before the name of the network's first convolution is taken off all names.
     """
+    # The state dict may be the whole file, or an entry of it.
     state_dicts = {"": content}
     for key in WRAPPERS:
         if isinstance(content.get(key), dict):
             state_dicts[key] = content[key]
 
-    found = {}
+    networks = []  # (where in the file, prefix, state dict)
     for where, state_dict in state_dicts.items():
-        state_dict = named_like_torchvision(state_dict)
+        state_dict = rename_layers(state_dict)
         for name, value in state_dict.items():
-            # The first convolution alone has three input channels.
-            is_stem = name.endswith("conv1.weight") and value.shape[1:2] == (3,)
-            if is_stem:
-                prefix = name.removesuffix("conv1.weight")
-                found[f"{where}: {prefix}" if where else prefix] = (prefix, state_dict)
+            # Among the layers called conv1, the network's first has 3 input channels.
+            if name.endswith("conv1.weight") and value.shape[1:2] == (3,):
+                networks.append((where, name.removesuffix("conv1.weight"), state_dict))
 
-    first_choice = [k for k in found if not any(word in k for word in SECOND_ENCODERS)]
-    choice = first_choice or list(found)
-    if len(choice) != 1:
-        if not found:
-            raise ValueError("it holds no ResNet")
-        raise ValueError(f"it holds several networks ({', '.join(found)})")
+    # Where there are two, one of them may be the better choice.
+    chosen = networks
+    if len(networks) > 1:
+        chosen = [network for network in networks if not is_second_encoder(network)]
+    if len(chosen) != 1:
+        names = [f"{where} {prefix}".strip() for where, prefix, _ in networks]
+        raise ValueError(f"it holds {len(networks)} ResNets: {', '.join(names)}")
 
-    prefix, state_dict = found[choice[0]]
-    if choice[0]:
-        print(f'using the weights whose names begin with "{choice[0]}"')
+    where, prefix, state_dict = chosen[0]
+    if where or prefix:
+        print(f'using the weights "{prefix}…" of the entry "{where}"')
     trunk = {}
     for name, value in state_dict.items():
-        short = name.removeprefix(prefix)
-        if name.startswith(prefix) and short.split(".")[0] in TRUNK_LAYERS:
-            trunk[short] = value
+        short_name = name.removeprefix(prefix)
+        layer = short_name.split(".")[0]
+        if name.startswith(prefix) and layer in TRUNK_LAYERS:
+            trunk[short_name] = value
     return trunk
 
 
-def named_like_torchvision(state_dict):
-    """Rename what is a ResNet's layer under another name: a dict of tensors alone."""
+def is_second_encoder(network):
+    where, prefix, _ = network
+    return any(word in f"{where}.{prefix}" for word in SECOND_ENCODERS)
+
+
+def rename_layers(state_dict):
+    """The tensors of a state dict, with torchvision's names for the layers."""
     renamed = {}
     for name, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             continue
-        # SupContrast's name of the same layer.
-        name = name.replace(".shortcut.", ".downsample.")
-        # lightly's examples put the layers in a Sequential, whose fourth is layer1.
-        name = re.sub(r"^(.*backbone\.)(\d)\.", sequential_name, name)
+        name = name.replace(".shortcut.", ".downsample.")  # SupContrast's name
+        before, backbone, after = name.partition("backbone.")
+        number, _, rest = after.partition(".")
+        if number in SEQUENTIAL_LAYERS:
+            name = f"{before}{backbone}{SEQUENTIAL_LAYERS[number]}.{rest}"
         renamed[name] = value
     return renamed
-
-
-def sequential_name(match):
-    names = {"0": "conv1", "1": "bn1"}
-    for number in range(1, 5):
-        names[str(number + 3)] = f"layer{number}"
-    prefix, index = match.groups()
-    return f"{prefix}{names.get(index, index)}."
 
 
 def model_type_of(trunk):
@@ -435,7 +448,7 @@ def model_type_of(trunk):
 def load_weights(modules, weights, path):
     """Give modules, a dict by the names in PARTS, the weights that there are."""
     used = [name for name in modules if name in weights]
-    flags = "--model-type, --stem and, in pretraining, --non-linear-head"
+    flags = "--model-type, --stem and, in pretraining, --pretext and --non-linear-head"
     with explain_mismatch(path, f"give the {flags} that it was made with"):
         for name in used:
             modules[name].load_state_dict(weights[name])

@@ -1,7 +1,7 @@
 """Image folders to tensors, and splits.
 
 A split is one uint8 tensor [N, 3, S, S] that is decoded once and lives on the training
-device; a batch is rows of it.
+device, or on the host if that is too small; a batch is rows of it.
 """
 
 import contextlib
@@ -34,13 +34,17 @@ from run_helpers import (
 )
 
 STL10_SIDE = 96  # pixels
-# At most so many of the unlabelled images that are not trained on.
+# Of the unlabelled images that are not trained on, at most this many validate.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
-# Times the shorter one: of longer pictures, the ends are cut off before resizing.
-LONGEST_SIDE = 8
-# Bytes that a step needs beside the images: weights, memory bank, activations.
+# Of pictures that are longer than this, compared with their shorter side, the ends are
+# cut off before they are resized.
+MAX_ASPECT = 8
+# Bytes that a step needs beside the images: weights and activations.
 RESERVED_ON_CARD = 1.5e9
+# Bytes per image beside its pixels: a row of the memory bank, and the random numbers of
+# its views for two epochs, of which one is drawn while the other is still there.
+ROWS_ON_CARD = 4 * (128 + 2 * 96)
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -120,9 +124,9 @@ def read_image(path, side):
             image = from_32_bits(image)
 
         shorter = min(image.size)
-        if max(image.size) > LONGEST_SIDE * shorter:
+        longest = MAX_ASPECT * shorter
+        if max(image.size) > longest:
             # Resized as a whole, a strip of 20,000 × 1 pixels would take gigabytes.
-            longest = LONGEST_SIDE * shorter
             width, height = image.size
             crop = (min(height, longest), min(width, longest))
             image = TF.center_crop(image, crop)
@@ -132,7 +136,7 @@ def read_image(path, side):
 
 
 def from_32_bits(image):
-    """A picture of 32-bit numbers as one of 8 bits, if they are of 16 bits."""
+    """A picture of 32-bit numbers as one of 8 bits, if they all fit into 16 bits."""
     values = np.asarray(image)
     if image.mode == "I" and values.min() >= 0 and values.max() < 2**16:
         return Image.fromarray((values >> 8).astype(np.uint8))
@@ -149,17 +153,17 @@ def load_images(files, side, device, description, shared=False):
     these are on the host.
     """
     shape = (len(files), 3, side, side)
-    shared = shared and device.type == "cpu" and LOCAL_RANKS > 1
-    check_memory(shape, device, copies=1 if shared else LOCAL_RANKS)
+    one_copy = shared and device.type == "cpu" and LOCAL_RANKS > 1
+    check_memory(shape, device, copies=1 if one_copy else LOCAL_RANKS)
 
-    if not shared:
-        images = torch.empty(shape, dtype=torch.uint8)
-        decode(files, images.numpy(), description)
-    else:
-        images = memory_of_this_node(shape)
+    if one_copy:
+        images = node_shared_tensor(shape)
         if LOCAL_RANK == 0:
             decode(files, images.numpy(), description)
         distributed.barrier()  # until they are there
+    else:
+        images = torch.empty(shape, dtype=torch.uint8)
+        decode(files, images.numpy(), description)
     return images.to(device), zlib.crc32(images.numpy())
 
 
@@ -170,6 +174,7 @@ def decode(files, images, description):
     """
     side = images.shape[-1]
     problems = []
+    bar = progress_bar(len(files), f"reading {description}", " images")
 
     def read(row):
         try:
@@ -179,7 +184,6 @@ def decode(files, images, description):
             problems.append(f"{files[row]} ({error})")
         bar.update()
 
-    bar = progress_bar(len(files), f"reading {description}", " images")
     # Pillow warns of odd metadata, which does not matter here.
     with warnings.catch_warnings(action="ignore"), bar, ThreadPoolExecutor() as pool:
         list(pool.map(read, range(len(files))))
@@ -191,21 +195,22 @@ def decode(files, images, description):
         raise UserError(f"cannot read {names}", "repair or remove them")
 
 
-def memory_of_this_node(shape):
-    """A uint8 tensor on the host, in memory that the ranks of a node share.
+def node_shared_tensor(shape):
+    """A uint8 tensor on the host that the ranks of a node share.
 
-    It is mapped from a temporary file, which has no name any more once all have it, and
-    so disappears with the job.
+    It is mapped from a temporary file. Local rank 0 makes the file, all ranks map it,
+    and then it is deleted: its content disappears with the last process that maps it.
     """
     size = math.prod(shape)
     path = None
     if LOCAL_RANK == 0:
-        # Where the file system is full, writing to the memory would crash.
-        free = shutil.disk_usage(tempfile.gettempdir()).free
+        # Where the file system is full, writing to the tensor would crash.
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
         if free < size:
             raise UserError(
-                f"{tempfile.gettempdir()} has {free / 1e9:.3g} GB free, and the images "
-                f"take {size / 1e9:.3g} GB",
+                f"{folder} has {free / 1e9:.3g} GB free, and the images take "
+                f"{size / 1e9:.3g} GB",
                 "let TMPDIR name a larger folder",
             )
         descriptor, path = tempfile.mkstemp(prefix="pirl_images_")
@@ -225,14 +230,21 @@ def memory_of_this_node(shape):
 def place_images(wish, count, side, device):
     """Where a run keeps its images: on the training device or on the host.
 
-    wish: "device", "host" or "auto", which is the device if they fit there.
+    wish: "device", "host" or "auto", which is the device if they fit there. All ranks
+    call this, and all come to the same place.
     """
     host = torch.device("cpu")
     if device.type == "cpu" or wish == "host":
         return host
-    needed = count * 3 * side**2
+    if wish == "device":
+        return device
+
+    needed = count * (3 * side**2 + ROWS_ON_CARD)
     free = free_memory(device) - RESERVED_ON_CARD
-    if wish == "auto" and needed > free:
+    too_large = torch.tensor(needed > free)
+    if RANKS > 1:
+        distributed.all_reduce(too_large, distributed.ReduceOp.MAX)
+    if too_large:
         sizes = f"{needed / 1e9:.3g} GB, and the card has room for {free / 1e9:.3g} GB"
         print(f"note: the images stay on the host: they take {sizes}")
         return host
@@ -357,7 +369,8 @@ def load_labelled(folder, side, device, classes=None):
 def class_names(data_dir, folders):
     """What to call the classes: as class_names.txt says, or as the folders do.
 
-    The lines are used where the folders are numbered 1, 2, … by them, as STL-10's are.
+    Its lines are used where the folders are called 1, 2, … up to their number, as
+    STL-10's are.
     """
     path = data_dir / "class_names.txt"
     if not path.is_file():
@@ -381,8 +394,8 @@ def stratified_split(labels, seed, folder):
     validates = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique():
         members = order[labels[order] == label]
-        count = round(VALIDATION_SHARE * len(members))
-        validates[members[len(members) - count :]] = True
+        train_count = len(members) - round(VALIDATION_SHARE * len(members))
+        validates[members[train_count:]] = True
 
     if not validates.any():
         raise UserError(

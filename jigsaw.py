@@ -20,12 +20,7 @@ PRETEXT_CROP_AREA = (0.6, 1.0)  # of the image's area
 
 
 class Jigsaw(nn.Module):
-    """The pretext view I_t: crop, 3 × 3 grid, a random patch of each cell, shuffled.
-
-    A pretext task says how many random numbers an image's view takes (`uniforms`), how
-    many inputs it gives to the network (`inputs_per_image`), what they are (forward)
-    and which head joins their features (make_head).
-    """
+    """The pretext view I_t: crop, 3 × 3 grid, a random patch of each cell, shuffled."""
 
     inputs_per_image = CELLS
     uniforms = CROP_UNIFORMS + CELLS * (2 + COLOUR_UNIFORMS + 1)
@@ -55,7 +50,8 @@ class Jigsaw(nn.Module):
         crop_corner, crop_size = crop_box(crop_uniforms, side, PRETEXT_CROP_AREA)
         scale = crop_size[:, None] / side  # [B, 1, 2]
         corners = crop_corner[:, None] + places * scale  # [B, 9, 2]
-        transforms = box_transforms(corners, patch * scale.expand_as(corners), side)
+        sizes = (patch * scale).expand_as(corners)
+        transforms = box_transforms(corners, sizes, side)
 
         patches = sample_patches(images, transforms, patch)  # [B·9, 3, P, P]
         return self.colour_jitter(patches, colour_uniforms.reshape(-1, COLOUR_UNIFORMS))
@@ -82,9 +78,7 @@ class JigsawHead(nn.Module):
 
 def patch_sizes(side):
     """(side of a grid cell, side of a patch) in pixels: (32, 30) of 96 × 96."""
-    cell = side // GRID
-    patch = 30 * side // 96
-    return cell, min(cell, patch)
+    return side // GRID, 30 * side // 96
 
 
 def patch_places(offset_uniforms, order_uniforms, side):

@@ -8,10 +8,10 @@ from torch import nn
 class MemoryBank(nn.Module):
     """One unit vector m_i per image, float32 [N, 128]; no gradient flows into it.
 
-    They are the positives' partners and the pool of negatives. The rows of the training
-    images come first, and only they are ever negatives. The rows of validation images
-    behind them are updated by the same rule, so that the validation loss is computed as
-    the training loss is.
+    They are what an image's two views have to find, and the pool of negatives. The rows
+    of the training images come first, and only they are ever negatives. The rows of
+    validation images behind them are updated by the same rule, so that the validation
+    loss is computed as the training loss is.
     """
 
     def __init__(self, vectors, train_count, beta):

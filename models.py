@@ -21,22 +21,24 @@ class SmallMapConv2d(nn.Conv2d):
     Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution
     multiplies mostly zeros. Here only the taps that touch the map count: the same
     function of the weights, up to 9 times less work. For kernels of 3 × 3 with padding
-    1 and of 1 × 1 without.
+    1 and of 1 × 1 without, and without a bias.
     """
 
     @staticmethod
     def adopt(convolution):
         """Give an nn.Conv2d this forward; its parameters and state dict stay."""
         convolution.__class__ = SmallMapConv2d
-        # On a 2 × 2 map, the output at (a, b) sees the pixel (y, x) through the tap
-        # (y − a + 1, x − b + 1) of the 3 × 3 kernel.
+        # On a 2 × 2 map, the output at (a, b) sees the pixel (row, column) through the
+        # tap (row − a + 1, column − b + 1) of the 3 × 3 kernel. The output at (0, 0),
+        # for example, sees the four pixels through the taps 4, 5, 7 and 8, counted by
+        # rows.
         taps = []
         outputs = range(0, 2, convolution.stride[0])
         for a in outputs:
             for b in outputs:
-                for y in (0, 1):
-                    for x in (0, 1):
-                        taps.append(3 * (y - a + 1) + x - b + 1)
+                for row in (0, 1):
+                    for column in (0, 1):
+                        taps.append(3 * (row - a + 1) + column - b + 1)
         convolution.register_buffer("taps", torch.tensor(taps), persistent=False)
         return convolution
 
@@ -45,7 +47,7 @@ class SmallMapConv2d(nn.Conv2d):
         if width > 2 or height != width:
             return super().forward(x)
 
-        # As both lie in memory: channels last.
+        # In the order in which both lie in memory: channels last.
         pixels = x.permute(0, 2, 3, 1)
         weight = self.weight.permute(0, 2, 3, 1)
         stride = self.stride[0]
@@ -107,8 +109,7 @@ class PIRL(nn.Module):
         self.trunk = trunk
         self.head_f = head_f
         self.head_g = head_g
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        self.norms = [m for m in trunk.modules() if isinstance(m, batch_norm)]
+        self.norms = [m for m in trunk.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def forward(self, images, pretext_inputs):
         """f(φ(I)) and g(φ(I_t)), each [B, 128], not normalised.
@@ -131,8 +132,8 @@ class PIRL(nn.Module):
         """
         training = self.trunk.training
         for norm in self.norms:
-            norm.training = True
-            norm.track_running_stats = False
+            norm.training = True  # takes the batch's statistics
+            norm.track_running_stats = False  # and keeps no record of them
         try:
             yield
         finally:

@@ -27,10 +27,9 @@ from checkpoints import (
     read_weights,
     shared_settings,
 )
-from jigsaw import Jigsaw
 from memory_bank import MemoryBank
+from pretexts import PRETEXTS
 from progress import LoopControl
-from rotation import JigsawRotation, Rotation
 from run_helpers import (
     BANK,
     INITIAL_WEIGHTS,
@@ -55,21 +54,15 @@ from run_helpers import (
     make_optimizer,
     make_scaler,
     non_empty,
-    note_on_precision,
     run_script,
     to_device,
 )
 
 DEFAULT_NEGATIVES = 6400
-PRETEXTS = {
-    "jigsaw": Jigsaw,
-    "rotation": Rotation,
-    "jigsaw-rotation": JigsawRotation,
-}
-# For the exported batch-norm statistics, at most so many training images are enough.
+# How many training images the exported batch-norm statistics are computed on, at most.
 STATISTICS_IMAGES = 4096
-# The gradient's norm is above 10 at first. Clipped, a step has the length 2 · lr then,
-# whatever the loss is.
+# The gradient's norm is above 10 at first. Clipped, the first steps are of about the
+# same length whatever the loss is.
 MAX_GRADIENT_NORM = 2.0
 
 
@@ -165,10 +158,9 @@ def main(argv=None):
             "compile",
             "tmax_for_cos_decay",
         }
-        args = experiment.restore_settings(parser, argv, checkpoint, changeable)
+        args = experiment.restore_settings(parser, argv, args, checkpoint, changeable)
     check_flags(parser, args)
     device = choose_device(args)
-    note_on_precision(args, device)
     resolve_defaults(args, device)
     join_ranks(device)
 
@@ -189,10 +181,9 @@ def main(argv=None):
     # Where the run begins.
     if checkpoint:
         experiment.restore(checkpoint, checksum, trainer, state)
-        loop.has_checkpoint = True
     elif args.warm_start:
         warm_start(trainer, state, experiment)
-        # An earlier run of this name has left a checkpoint. If this run is killed
+        # An earlier run of this name may have left a checkpoint. If this run is killed
         # before it writes its own, --resume must not go on with that one.
         save()
     compare_ranks(shared_settings(args), checksum, state.epoch, state.step)
@@ -249,7 +240,7 @@ def main(argv=None):
 
 # ---- The loss ------------------------------------------------------------------------
 def candidate_logits(u, w, negatives, excluded, temperature):
-    """[s(u, w), s(w, m_1), …, s(w, m_C)] / τ: the positive, then those to tell it from.
+    """[s(u, w), s(w, m_1), …, s(w, m_C)] / τ: w is to find u among the negatives.
 
     u, w [B, 128] and negatives [C, 128] are unit vectors; excluded [B, C] is True where
     a vector is no negative of that image: its logit is −∞. Returns [B, 1 + C].
@@ -260,38 +251,39 @@ def candidate_logits(u, w, negatives, excluded, temperature):
 
 
 def modified_nce(logits):
-    """−log h(u, w), of the positive's probability (equation 4). [B, 1 + C] -> [B]."""
+    """−log h(u, w), h being a probability (equation 4). [B, 1 + C] -> [B]."""
     return -F.log_softmax(logits, dim=1)[:, 0]
 
 
 def nce(logits):
     """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + C] -> [B].
 
-    h(w, m_k) is the probability of column k.
+    h(w, m_k) is the probability of column k, and log(1 − h) is log1p(−h) for all
+    columns but the largest: where that is near 1, 1 − h would be lost to rounding.
     """
     log_h = F.log_softmax(logits, dim=1)
+    top = logits.argmax(1, keepdim=True)  # the column of the largest h, [B, 1]
 
-    # Where h is near 1, 1 − h would be lost to rounding. Only the largest h can be that
-    # near, and its 1 − h is the probability of all other columns together.
-    top = logits.argmax(1, keepdim=True)
+    # Of the largest, 1 − h is the probability of all other columns together.
     other_logits = logits.scatter(1, top, -math.inf)
     log_others = other_logits.logsumexp(1, keepdim=True)
-    log_all = logits.logsumexp(1, keepdim=True)
+    log_not_top = log_others - logits.logsumexp(1, keepdim=True)  # [B, 1]
 
-    h = log_h.scatter(1, top, -math.inf).exp()  # of the others, at most 1/2
-    log_not_h = torch.log1p(-h).scatter(1, top, log_others - log_all)
+    # Of the others, h is 1/2 at most. The column of the largest is filled in.
+    h = log_h.scatter(1, top, -math.inf).exp()
+    log_not_h = torch.log1p(-h).scatter(1, top, log_not_top)
     return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
 
 
-def pirl_loss(image_vectors, patch_vectors, memory, negatives, excluded, args):
+def pirl_loss(image_vectors, pretext_vectors, memory, negatives, excluded, args):
     """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6).
 
-    image_vectors and patch_vectors [B, 128]: what the heads f and g give; memory [B,
+    image_vectors and pretext_vectors [B, 128]: what the heads f and g give; memory [B,
     128]: the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
     candidate_logits(). Returns the loss of each image, float32 [B].
     """
     f = F.normalize(image_vectors.float(), dim=1)  # f(φ(I)),   [B, 128]
-    g = F.normalize(patch_vectors.float(), dim=1)  # g(φ(I_t)), [B, 128]
+    g = F.normalize(pretext_vectors.float(), dim=1)  # g(φ(I_t)), [B, 128]
 
     # Both must find m_I among the negatives. --positive pair lets g find f instead.
     target = f if args.positive == "pair" else memory
@@ -306,13 +298,13 @@ def pirl_loss(image_vectors, patch_vectors, memory, negatives, excluded, args):
 
 
 @torch.no_grad()
-def pretext_correct(patch_vectors, memory, negatives, excluded):
+def pretext_correct(pretext_vectors, memory, negatives, excluded):
     """Whether m_I is more similar to g(φ(I_t)) than every negative from the bank is.
 
     The share of such images is the pretext accuracy. A tie does not count, or vectors
     that have collapsed into one would have 100 %. Shapes as in pirl_loss(); bool [B].
     """
-    g = F.normalize(patch_vectors.float(), dim=1)
+    g = F.normalize(pretext_vectors.float(), dim=1)
     similarity = (memory * g).sum(1)
     rivals = (g @ negatives.T).masked_fill(excluded, -math.inf)
     return similarity > rivals.amax(1) + 1e-5  # cosines are rounded by about 1e-7
@@ -332,9 +324,9 @@ class Pretraining:
         self.images = images
         self.train_count = train_count
         self.steps_per_epoch = math.ceil(train_count / args.batch_size)
-        self.negatives = args.count_negatives
-        if self.negatives is None:
-            self.negatives = min(DEFAULT_NEGATIVES, train_count - 1)
+        self.negative_count = args.count_negatives
+        if self.negative_count is None:
+            self.negative_count = min(DEFAULT_NEGATIVES, train_count - 1)
 
         self.image_view = augmentations.ImageView(args.crop_area, args.colour_strength)
         self.pretext = PRETEXTS[args.pretext](args.colour_strength)
@@ -350,10 +342,11 @@ class Pretraining:
 
         self.network = self.model
         if RANKS > 1:
-            # Its warning about the strides of 1 × 1 convolutions costs nothing.
+            # DistributedDataParallel warns of the strides of 1 × 1 convolutions in
+            # channels-last order. That changes neither the result nor the speed.
             warnings.filterwarnings("ignore", "Grad strides do not match")
-            # Each rank normalises its own share of a batch; before validation, they
-            # take over the running statistics of rank 0.
+            # Each rank normalises its own share of a batch. Before validation, all
+            # ranks take over the running statistics of rank 0.
             self.network = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False
             )
@@ -385,8 +378,8 @@ class Pretraining:
         self.model.head_f.load_state_dict(saved["head_f"])
         self.model.head_g.load_state_dict(saved["head_g"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        # A resumed run may have another precision. Only fp16's scaler has a state.
         if saved["scaler"] and self.scaler.is_enabled():
-            # Both are of fp16: a resumed run may have changed its precision.
             self.scaler.load_state_dict(saved["scaler"])
         self.bank.load_state_dict(saved["bank"])
 
@@ -397,9 +390,10 @@ class Pretraining:
         return order.split(self.args.batch_size)
 
     def epoch_uniforms(self, epoch):
-        """A row of random numbers in [0, 1) for the two views of every image, [N, 96].
+        """A row of random numbers in [0, 1) for the two views of every image.
 
-        They are a function of (seed, epoch, image), whatever else is in the batch.
+        float32 [N, U], on the device: U is 96 for the jigsaw. They are a function of
+        (seed, epoch, image), whatever else is in the batch.
         """
         generator = make_generator(self.device, self.args.seed, VIEWS, epoch)
         columns = augmentations.IMAGE_VIEW_UNIFORMS + self.pretext.uniforms
@@ -409,15 +403,17 @@ class Pretraining:
     def train_step(self, index, uniforms, epoch, step):
         """One step of SGD on the images `index` [B], then the bank's update.
 
-        index is on the host, uniforms [N, 96] on the device; nothing here waits for the
-        device. Returns [sum of the losses, number of correct pretext answers], there.
+        index is on the host, uniforms [N, U] on the device. Nothing here waits for the
+        device. Returns [sum of the losses, number of correct pretext answers], float32
+        on the device.
         """
         self.model.train()
         lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
         self.optimizer.param_groups[0]["lr"] = lr
 
-        forward = self.forward_batch(index, uniforms, epoch, step)
-        image_vectors, losses, correct = forward
+        image_vectors, losses, correct = self.forward_batch(
+            index, uniforms, epoch, step
+        )
 
         # DistributedDataParallel takes the mean of the ranks' gradients: with the
         # factor, that is the gradient of the whole batch's mean loss.
@@ -434,7 +430,7 @@ class Pretraining:
         return batch_totals(losses, correct)
 
     def forward_batch(self, index, uniforms, epoch, step):
-        """From the images `index` [B] to their losses.
+        """From the images `index` [B], an index on the host, to their losses.
 
         Returns (f(φ(I)) [B, 128] of the whole batch, detached; losses [b]; correct [b],
         bool). b is this rank's share of the batch, B where there is one rank.
@@ -443,24 +439,18 @@ class Pretraining:
 
         # This rank's share. The last batch of an epoch may have fewer images than there
         # are ranks; but all ranks meet in a step, so one without a share takes part
-        # with an image that will not count.
+        # with a stand-in, an image that will not count.
         shares = index.tensor_split(RANKS)
         has_share = len(shares[RANK]) > 0
         local_index = shares[RANK] if has_share else index[:1]
 
-        # Two views of each image, and the network.
         images = self.take_images(local_index)
         index = to_device(index, self.device)
         local_index = to_device(local_index, self.device)
         uniforms = uniforms.index_select(0, local_index)
-        # Compiled code serves the full batches of training; the few others would each
-        # need a compilation of their own.
-        full_batch = self.model.training and len(index) == args.batch_size
-        network = self.network if self.model.training else self.model
-        with torch.compiler.set_stance("default" if full_batch else "force_eager"):
-            view, patches = self.make_views(images, uniforms)
-            with autocast(self.device, args.precision):
-                image_vectors, patch_vectors = network(view, patches)
+        image_vectors, pretext_vectors = self.run_network(
+            images, uniforms, full_batch=len(index) == args.batch_size
+        )
 
         # f(φ(I)) of all ranks, in the batch's order.
         counts = [len(share) for share in shares]
@@ -468,27 +458,45 @@ class Pretraining:
 
         # The negatives: the same draw from the bank on all ranks, and the batch.
         generator = make_generator(self.device, args.seed, NEGATIVES, epoch, step)
-        memory = self.bank.vectors[local_index]
         negatives, excluded = self.bank.draw_negatives(
-            local_index, self.negatives, generator
+            local_index, self.negative_count, generator
         )
-        correct = pretext_correct(patch_vectors, memory, negatives, excluded)
+        memory = self.bank.vectors[local_index]
+        correct = pretext_correct(pretext_vectors, memory, negatives, excluded)
         if args.batch_negatives:
             batch_vectors = F.normalize(all_vectors, dim=1)
-            own = local_index[:, None] == index  # [b, B]
+            own_vector = local_index[:, None] == index  # [b, B]
             negatives = torch.cat([negatives, batch_vectors])
-            excluded = torch.cat([excluded, own], dim=1)
+            excluded = torch.cat([excluded, own_vector], dim=1)
 
         losses = pirl_loss(
-            image_vectors, patch_vectors, memory, negatives, excluded, args
+            image_vectors, pretext_vectors, memory, negatives, excluded, args
         )
         if not has_share:
+            # Times 0 rather than left out: the other ranks wait for the gradients.
             losses = losses * 0
-            correct = correct & False
+            correct = torch.zeros_like(correct)
         return all_vectors.detach(), losses, correct
 
+    def run_network(self, images, uniforms, full_batch):
+        """Two views of each image, and what the heads give for them.
+
+        images uint8 [b, 3, S, S], uniforms [b, U] -> f(φ(I)) and g(φ(I_t)), [b, 128].
+        """
+        # In eval mode there are no gradients for DistributedDataParallel to average.
+        training = self.model.training
+        network = self.network if training else self.model
+
+        # Compiled code serves the full batches of training; the few others would each
+        # need a compilation of their own.
+        compiled = training and full_batch
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            view, pretext_inputs = self.make_views(images, uniforms)
+            with autocast(self.device, self.args.precision):
+                return network(view, pretext_inputs)
+
     def take_images(self, index):
-        """The images `index` [B], an index on the host, as uint8 on the device."""
+        """The images `index` [b], an index on the host, as uint8 on the device."""
         if self.images.device == self.device:
             return self.images.index_select(0, to_device(index, self.device))
         # From pinned memory, the copy to the device goes on while the host does.
@@ -522,27 +530,31 @@ def batch_totals(losses, correct):
     return totals
 
 
-def learning_rate(args, epoch, step, steps):
+def learning_rate(args, epoch, step, steps_per_epoch):
     """Linear warm-up, and half a cosine from --lr to 0.
 
-    It is 0 after --tmax-for-cos-decay epochs and stays there. step: how many of the
-    epoch's `steps` are done.
+    It is 0 after --tmax-for-cos-decay epochs and stays there. step: how many steps of
+    the epoch are done.
     """
-    epochs_done = epoch - 1 + step / steps
+    epochs_done = epoch - 1 + step / steps_per_epoch
     progress = min(epochs_done, args.tmax_for_cos_decay) / args.tmax_for_cos_decay
     cosine = (1 + math.cos(math.pi * progress)) / 2
 
     # A warm start begins at --cont-epoch, and warms up there.
-    run_step = (epoch - args.cont_epoch) * steps + step
+    run_step = (epoch - args.cont_epoch) * steps_per_epoch + step
     warm_up = min(1.0, (run_step + 1) / max(1, args.warmup_steps))
     return args.lr * warm_up * cosine
 
 
 @torch.no_grad()
 def validate(trainer, uniforms, epoch):
-    """(loss, pretext accuracy) of the validation images; (None, None) without any."""
+    """(loss, pretext accuracy) of the validation images; (None, None) without any.
+
+    Their rows of the memory bank are updated as those of training images are. All ranks
+    take over the running statistics of rank 0, without validation images as well.
+    """
     if RANKS > 1:
-        # Each rank has the running statistics of its own shares: rank 0's are kept.
+        # Each rank has those of its own shares; one of them is exported.
         for buffer in trainer.model.buffers():
             distributed.broadcast(buffer, 0)
     count = len(trainer.images) - trainer.train_count
@@ -556,8 +568,9 @@ def validate(trainer, uniforms, epoch):
     for number, batch in enumerate(index.split(trainer.args.batch_size)):
         # Counted on from the epoch's steps, for negatives of their own.
         step = trainer.steps_per_epoch + number
-        forward = trainer.forward_batch(batch, uniforms, epoch, step)
-        image_vectors, losses, correct = forward
+        image_vectors, losses, correct = trainer.forward_batch(
+            batch, uniforms, epoch, step
+        )
         trainer.bank.update(to_device(batch, trainer.device), image_vectors)
         totals += batch_totals(losses, correct)
     loss, accuracy = (totals / count).tolist()
@@ -638,9 +651,10 @@ def validate_args(args, train_count):
             "add images",
         )
     if RANKS > 1 and (size % RANKS or size < 2 * RANKS):
-        # Batch norm has no statistics of a single image.
+        # Batch norm would be of no use on a single image.
         raise UserError(
-            f"--batch-size {size} does not give {RANKS} ranks two images or more each",
+            f"--batch-size {size} does not give each of {RANKS} ranks the same number "
+            "of images, two or more",
             "use a multiple",
         )
     if size > train_count:
@@ -685,8 +699,8 @@ def print_summary(trainer, state):
     epochs = f"epochs {state.epoch} to {args.epochs}"
     if state.epoch > args.epochs:
         epochs = "all epochs are done"
-    negatives = f"{trainer.negatives} negatives"
-    if trainer.negatives == trainer.train_count - 1:
+    negatives = f"{trainer.negative_count} negatives"
+    if trainer.negative_count == trainer.train_count - 1:
         negatives += " (all other training images)"
 
     print(f"{args.experiment_name}: PIRL, {args.pretext}, {args.model_type}, {where}")
@@ -698,10 +712,10 @@ def print_summary(trainer, state):
     print(f"  {negatives}, loss {args.loss}, --positive {args.positive}", flush=True)
     if args.epochs > args.tmax_for_cos_decay:
         last = args.tmax_for_cos_decay
-        advice = f"--tmax-for-cos-decay {args.epochs} would make it a cosine of"
         print(
-            f"note: the learning rate is 0 from the end of epoch {last} on; {advice}"
-            f" {args.epochs} epochs",
+            f"note: the learning rate is 0 from the end of epoch {last} on; with "
+            f"--tmax-for-cos-decay {args.epochs} it would be a cosine of {args.epochs} "
+            "epochs",
             flush=True,
         )
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from run_helpers import RANK, RANKS, UserError, leave_ranks
 
-# Slurm and other schedulers send SIGUSR1 or SIGTERM, a lost connection SIGHUP. Windows
-# has not all of them.
+# Schedulers such as Slurm send SIGUSR1 or SIGTERM; a lost connection sends SIGHUP.
+# Windows lacks some of them.
 SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
@@ -53,7 +53,7 @@ def progress_bar(total, description, unit, done=0, **options):
 class LoopControl:
     """Controls a training loop between its steps.
 
-    Inside its `with` block, SIGTERM, Ctrl-C and their like only leave a note:
+    Inside its `with` block, SIGTERM, Ctrl-C and their like, once or often, are noted:
     the loop asks for them where it can be left, so none comes in the middle of a step,
     of validation or of a file. All ranks leave it together.
     """
@@ -61,7 +61,7 @@ class LoopControl:
     def __init__(self, trainer, state, experiment, save, title, advice):
         """save: writes a checkpoint. title: of the bar. advice: if the loss diverges.
 
-        trainer has args, device, model and train_count, the images of an epoch.
+        trainer has args, device, model and train_count, the number of images per epoch.
         """
         self.trainer = trainer
         self.state = state
@@ -72,7 +72,6 @@ class LoopControl:
 
         self.batch_size = trainer.args.batch_size
         self.steps_per_epoch = math.ceil(trainer.train_count / self.batch_size)
-        self.has_checkpoint = False
         self.saved_at = time.monotonic()
         self.shown_at = time.monotonic()
         self.epoch_started_at = None
@@ -85,7 +84,7 @@ class LoopControl:
         # Only a program's main thread may handle signals; a notebook may use others.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # nohup has SIGHUP ignored, and the run shall outlive the connection.
+                # Under nohup SIGHUP is ignored, so that a run outlives its connection.
                 if signal.getsignal(number) != signal.SIG_IGN:
                     before = signal.signal(number, self.note_signal)
                     self.handlers_before[number] = before
@@ -122,7 +121,7 @@ class LoopControl:
         self.bar.update(self.images_seen() - seen_before)
 
         last_step = self.state.step == self.steps_per_epoch
-        stop, due = self.agree(self.checkpoint_due(last_step), last_step)
+        stop, due = self.agree(self.checkpoint_due(last_step), now=last_step)
         if stop or due:
             self.checkpoint()
         if stop:
@@ -152,14 +151,14 @@ class LoopControl:
 
     def after_epoch(self):
         """End the process if a signal has come since the last step."""
-        stop, _ = self.agree(checkpoint_due=False, last_step=True)
+        stop, _ = self.agree(save_due=False, now=True)
         if stop:
             self.checkpoint()
             self.exit(stop, f"after epoch {self.state.epoch - 1}")
 
     def after_export(self):
         """End the process with a signal's status if one has come: all work is done."""
-        stop, _ = self.agree(checkpoint_due=False, last_step=True)
+        stop, _ = self.agree(save_due=False, now=True)
         if stop:
             leave_ranks()
             sys.exit(128 + stop)
@@ -169,7 +168,6 @@ class LoopControl:
         self.check_finite()
         self.save()
         self.saved_at = time.monotonic()
-        self.has_checkpoint = True
 
     def exit(self, number, place):
         self.bar.close()
@@ -180,27 +178,34 @@ class LoopControl:
     def checkpoint_due(self, last_step):
         minutes = self.trainer.args.checkpoint_minutes
         if last_step:
-            if not self.has_checkpoint:
+            if not self.experiment.checkpoint_file.exists():
                 # The CSV is about to get a row: --resume must find a checkpoint.
                 return True
+            # The end of an epoch is a good moment: not much younger ones are enough.
             minutes = min(minutes, 1)
         return time.monotonic() - self.saved_at >= 60 * minutes
 
-    def agree(self, checkpoint_due, last_step):
-        """(a signal's number or 0, whether to save): the same on all ranks."""
+    def agree(self, save_due, now):
+        """(a signal's number or 0, whether to save): the same on all ranks.
+
+        now: without delay. A signal to any rank counts, and the clock of rank 0.
+        """
         if RANKS == 1:
-            return self.signal, checkpoint_due
-        # The hosts of GPUs need not wait for one another after every step.
+            return self.signal, save_due
+        # The hosts of GPUs need not wait for one another after every step. What has
+        # come up in between is still there at the next meeting.
         on_gpu = self.trainer.device.type == "cuda"
-        if on_gpu and self.state.step % 16 and not last_step:
+        if on_gpu and self.state.step % 16 and not now:
             return 0, False
-        wishes = torch.tensor([self.signal, checkpoint_due and RANK == 0])
+        wishes = torch.tensor([self.signal, save_due and RANK == 0])
         distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
         stop, due = wishes.tolist()
         return stop, bool(due)
 
     def check_finite(self):
-        """End the run if a loss or a weight is not finite."""
+        """End the run if a loss or a weight is not finite. Waits for the device."""
+        # One norm of all weights and statistics: it is not finite if one of them is
+        # not.
         state_dict = self.trainer.model.state_dict()
         floats = [v for v in state_dict.values() if v.is_floating_point()]
         norms = torch.stack([get_total_norm(floats), self.state.totals.norm()])

@@ -131,15 +131,15 @@ def leave_ranks():
         distributed.destroy_process_group()
 
 
-def compare_ranks(settings, *files):
+def compare_ranks(settings, *facts):
     """Refuse to begin if the ranks, perhaps on several nodes, differ.
 
-    settings: a dict of what the flags say; files: what was read from the disk.
+    settings: a dict of what the flags say; facts: about what was read from the disk.
     """
     if RANKS == 1:
         return
     everyone = [None] * RANKS
-    distributed.all_gather_object(everyone, (settings, files))
+    distributed.all_gather_object(everyone, (settings, facts))
 
     flags = []
     for name, value in settings.items():
@@ -150,7 +150,7 @@ def compare_ranks(settings, *files):
             f"the ranks have different flags ({', '.join(flags)})",
             "start all of them with the same",
         )
-    if any(other != files for _, other in everyone):
+    if any(other != facts for _, other in everyone):
         raise UserError(
             "the ranks have read different files",
             "give a --data-dir and a --weights-dir that all of them see",
@@ -160,8 +160,8 @@ def compare_ranks(settings, *files):
 def gather_rows(rows, counts):
     """The rows of all ranks in the batch's order; gradients flow back to their owners.
 
-    counts: how many rows each rank has; rows [b, d]: this rank's first. Returns
-    [sum(counts), d].
+    counts: how many rows each rank has. rows [b, d]: those of this rank; what is beyond
+    its count is dropped. Returns [sum(counts), d].
     """
     if RANKS == 1:
         return rows
@@ -328,28 +328,25 @@ def try_kernel(device):
 
 def choose_precision(args, device):
     """args.precision -> "fp32", "bf16" or "fp16"."""
-    on_gpu = device.type == "cuda"
+    if device.type == "cpu":
+        return "fp32" if args.precision == "auto" else args.precision
+
     # torch also emulates bf16 on older cards, which is slower than float32.
-    gpu_has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.precision == "bf16" and on_gpu and not gpu_has_bf16:
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not has_bf16:
         raise UserError(
             "this GPU has no bf16 arithmetic",
             "use --precision fp16 or fp32",
         )
     if args.precision != "auto":
         return args.precision
-    return "bf16" if gpu_has_bf16 else "fp32"
-
-
-def note_on_precision(args, device):
-    """What the user of a card without bf16 may want to know."""
-    if args.precision != "auto" or device.type != "cuda":
-        return
-    if choose_precision(args, device) == "fp32":
-        print(
-            "note: this card has no bf16, so float32 is used; --precision fp16 is "
-            "about twice as fast on cards with tensor cores (T4, V100, RTX 20xx)"
-        )
+    if has_bf16:
+        return "bf16"
+    print(
+        "note: this card has no bf16, so float32 is used; --precision fp16 is about "
+        "twice as fast on cards with tensor cores (T4, V100, RTX 20xx)"
+    )
+    return "fp32"
 
 
 def autocast(device, precision):
@@ -383,9 +380,9 @@ def make_optimizer(parameters, lr, weight_decay):
 
 
 def to_device(tensor, device):
-    """A copy on the device, on whose way the host does not wait for the device."""
+    """The tensor on the device; the host does not wait until it has arrived."""
     if device.type == "cuda":
-        # Only from pinned memory does a copy go on by itself.
+        # Only copies from pinned memory go on by themselves.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -421,6 +418,6 @@ def derived_seed(*key):
 def make_generator(device, *key):
     """A torch.Generator that is a function of `key` alone.
 
-    Different kinds of device make different numbers of the same key.
+    Different kinds of device make different numbers from the same key.
     """
     return torch.Generator(device).manual_seed(derived_seed(*key))

@@ -56,12 +56,11 @@ from run_helpers import (
     make_optimizer,
     make_scaler,
     non_empty,
-    note_on_precision,
     run_script,
 )
 
-# Features are brought to this standard deviation: with it, --lr 0.01 and 0.1 reach the
-# same accuracy, which they do not with 1.
+# Features are brought to this standard deviation. With it, --lr 0.01 and --lr 0.1 reach
+# the same accuracy; with 1 they do not.
 FEATURE_STD = 0.25
 SHOWN_NEIGHBOURS = 5
 
@@ -133,24 +132,22 @@ def main(argv=None):
             "fine-tuning is small and runs on one process",
             "start it without torchrun",
         )
-    if args.neighbours and (
-        args.neighbours.name in ("", "..") or args.neighbours.is_dir()
-    ):
-        parser.error(f"argument --neighbours: '{args.neighbours}' names no file")
+    if args.neighbours and args.neighbours.is_dir():
+        parser.error(
+            f"argument --neighbours: {args.neighbours} is a folder, not a file"
+        )
 
     experiment = Experiment(args, "labelled checkpoint")
     checkpoint = experiment.open_checkpoint(args.resume)
     if checkpoint:
         changeable = CHANGEABLE | {"full_fine_tune"}
-        with explain_mismatch(experiment.checkpoint_file, "use another copy"):
-            if not checkpoint["full_stage_begun"]:
-                changeable |= {"full_lr", "full_epochs"}
-        args = experiment.restore_settings(parser, argv, checkpoint, changeable)
+        if not checkpoint.get("full_stage_begun"):
+            changeable |= {"full_lr", "full_epochs"}
+        args = experiment.restore_settings(parser, argv, args, checkpoint, changeable)
     full_epochs = 0
     if args.full_fine_tune:
         full_epochs = args.full_epochs or args.epochs
     device = choose_device(args)
-    note_on_precision(args, device)
     args.precision = choose_precision(args, device)
 
     # The trunk to start from, the images, and all that is trained on them.
@@ -170,7 +167,6 @@ def main(argv=None):
     loop = LoopControl(trainer, state, experiment, save, title, "lower --full-lr")
     if checkpoint:
         experiment.restore(checkpoint, trainer.checksum, trainer, state)
-        loop.has_checkpoint = True
     half_done = trainer.full_stage_begun and "full" not in trainer.results
     if half_done and not args.full_fine_tune:
         raise UserError(
@@ -183,7 +179,6 @@ def main(argv=None):
     if "softmax" not in trainer.results:
         state.history = train_softmax_layer(trainer)
         save()
-        loop.has_checkpoint = True
         experiment.write_history(state.history)
 
     # The whole network, starting from that layer.
@@ -240,15 +235,42 @@ class FineTuning:
         self.args = args
         self.device = device
         trunk, dimension, self.trunk_name = make_start_trunk(args, path, weights)
+        self.load_images()
 
-        # The images: to train, to validate and, where there are any, to test.
+        classes = len(self.classes)
+        self.model = models.make_classifier(trunk, dimension, classes)
+        self.model.to(device, memory_format=torch.channels_last)
+        if not weights or not weights["finished"]:
+            # Only a finished model comes with the batch-norm statistics of plain
+            # images.
+            self.model.trunk = evaluation.with_plain_bn_statistics(
+                self.model.trunk, self.images[self.train_index], args.batch_size
+            )
+        self.view = augmentations.LabelledView().to(device)
+        parameters = self.model.parameters()
+        self.optimizer = make_optimizer(parameters, args.full_lr, args.weight_decay)
+        self.scaler = make_scaler(device, args.precision)
+        self.schedule = ReduceLROnPlateau(
+            self.optimizer, patience=args.patience_for_lr_decay
+        )
+
+        self.full_stage_begun = False
+        self.best = {"val_acc": -1.0}  # the best epoch of the full stage
+        # By the names of TABLE_ROWS: (validation, test accuracy), of folds one each.
+        self.results = {}
+        self.seconds = {}  # that each stage has taken
+
+    def load_images(self):
+        """Read the images: to train, to validate and, where there are any, to test."""
+        args = self.args
+        device = self.device
         folder = args.data_dir / "train"
         labelled = dataset_helpers.load_labelled(folder, args.image_size, device)
         self.images, self.labels, classes, self.checksum = labelled
-        self.train, self.validation = dataset_helpers.stratified_split(
+        self.train_index, self.val_index = dataset_helpers.stratified_split(
             self.labels, args.seed, folder
         )
-        self.train_count = len(self.train)
+        self.train_count = len(self.train_index)
         if args.batch_size > self.train_count:
             raise UserError(
                 f"--batch-size {args.batch_size} is more than the {self.train_count} "
@@ -269,26 +291,6 @@ class FineTuning:
         self.folds = []
         if args.folds:
             self.folds = read_folds(args.data_dir, len(self.images), device)
-
-        self.model = models.make_classifier(trunk, dimension, len(classes))
-        self.model.to(device, memory_format=torch.channels_last)
-        if not weights or path.suffix == ".ckpt":
-            # A finished model comes with the statistics of plain images; these do not.
-            self.model.trunk = evaluation.with_plain_bn_statistics(
-                self.model.trunk, self.images[self.train], args.batch_size
-            )
-        self.view = augmentations.LabelledView().to(device)
-        parameters = self.model.parameters()
-        self.optimizer = make_optimizer(parameters, args.full_lr, args.weight_decay)
-        self.scaler = make_scaler(device, args.precision)
-        self.schedule = ReduceLROnPlateau(
-            self.optimizer, patience=args.patience_for_lr_decay
-        )
-
-        self.full_stage_begun = False
-        self.best = {"val_acc": -1.0}  # the best epoch of the full stage
-        self.results = {}  # (validation, test accuracy) by the names of TABLE_ROWS
-        self.seconds = {}  # that each stage has taken
 
     def state_dict(self):
         return {
@@ -312,8 +314,8 @@ class FineTuning:
             # Until then, --full-lr may still be changed.
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
+            # A resumed run may have another precision. Only fp16's scaler has a state.
             if saved["scaler"] and self.scaler.is_enabled():
-                # Both are of fp16: a resumed run may have changed its precision.
                 self.scaler.load_state_dict(saved["scaler"])
         self.best = saved["best"]
         self.results = saved["results"]
@@ -321,7 +323,7 @@ class FineTuning:
 
     def epoch_batches(self, epoch):
         """The training images in this epoch's order: a list of int64 [B] indices."""
-        order, _ = epoch_order(self.train, 1, self.args.seed, epoch)
+        order, _ = epoch_order(self.train_index, 1, self.args.seed, epoch)
         return order.split(self.args.batch_size)
 
     def epoch_uniforms(self, epoch):
@@ -350,13 +352,10 @@ class FineTuning:
         self.scaler.update()
         return batch_totals(logits, labels, loss)
 
-    @torch.no_grad()
     def validate(self):
         """(mean loss, accuracy) in eval mode on the plain validation images."""
-        features = self.features(self.images[self.validation])
-        return evaluate(
-            self.model.softmax_layer, features, self.labels[self.validation]
-        )
+        features = self.features(self.images[self.val_index])
+        return evaluate(self.model.softmax_layer, features, self.labels[self.val_index])
 
     def keep_best(self, epoch, val_accuracy):
         """Keep the weights of the epoch with the best validation accuracy so far."""
@@ -401,19 +400,21 @@ def make_start_trunk(args, path, weights):
         return trunk, dimension, "random trunk"
 
     load_weights({"trunk": trunk}, weights, path)
-    settings = weights["settings"]
-    pretrained_size = settings.get("image_size", args.image_size)
+    pretrained_size = weights["settings"].get("image_size", args.image_size)
     if pretrained_size != args.image_size:
         print(f"note: {path} was pretrained with --image-size {pretrained_size}")
-    kind = "PIRL trunk" if settings else "trunk of another project"
-    return trunk, dimension, f"{kind} ({path})"
+    if not weights["settings"]:
+        return trunk, dimension, f"trunk of another project ({path})"
+    if "softmax_layer" in weights:
+        return trunk, dimension, f"fine-tuned trunk ({path})"
+    return trunk, dimension, f"PIRL trunk ({path})"
 
 
 def read_folds(data_dir, count, device):
     """The lines of fold_indices.txt: int64 indices of training images, a fold each."""
     path = data_dir / "fold_indices.txt"
-    images = f"it must list images, from 0 to {count - 1}, a fold per line"
-    with explain_mismatch(path, f"{images}; or leave --folds out"):
+    content = f"it must list images, from 0 to {count - 1}, a fold per line"
+    with explain_mismatch(path, f"{content}; or leave --folds out"):
         folds = []
         for line in path.read_text().splitlines():
             if line.strip():
@@ -427,41 +428,23 @@ def read_folds(data_dir, count, device):
 
 # ---- The softmax stage, on features that are computed once ---------------------------
 def train_softmax_layer(trainer):
-    """Train the softmax layer on the frozen trunk's features; measure kNN.
+    """Train the softmax layer on the frozen trunk's features; measure kNN with them.
 
     Returns the metrics of the epochs.
     """
     started = time.monotonic()
     # Two views of an image: as it is, and mirrored.
-    features = torch.stack(
-        [
-            trainer.features(trainer.images),
-            trainer.features(trainer.images, flip=True),
-        ]
-    )  # [2, N, d]
-    labels = trainer.labels
+    plain = trainer.features(trainer.images)
+    mirrored = trainer.features(trainer.images, flip=True)
+    features = torch.stack([plain, mirrored])  # [2, N, d]
     test_features = None
     if trainer.test_images is not None:
         test_features = trainer.features(trainer.test_images)
-
-    known_features = features[0, trainer.train]
-    known_labels = labels[trainer.train]
-    val_accuracy = evaluation.knn_accuracy(
-        known_features,
-        known_labels,
-        features[0, trainer.validation],
-        labels[trainer.validation],
-    )
-    test_accuracy = None
-    if test_features is not None:
-        test_accuracy = evaluation.knn_accuracy(
-            known_features, known_labels, test_features, trainer.test_labels
-        )
-    trainer.results["neighbours"] = (val_accuracy, test_accuracy)
+    trainer.results["neighbours"] = measure_knn(trainer, plain, test_features)
 
     def fit(train, validation):
         layer, val_accuracy, history = fit_softmax_layer(
-            features, labels, train, validation, trainer.args
+            features, trainer.labels, train, validation, trainer.args
         )
         trainer.model.softmax_layer.load_state_dict(layer.state_dict())
         test_accuracy = None
@@ -476,16 +459,34 @@ def train_softmax_layer(trainer):
         trainer.results.setdefault("folds", []).append(result)
 
     # The real split comes last: its layer stays in the model.
-    result, history = fit(trainer.train, trainer.validation)
+    result, history = fit(trainer.train_index, trainer.val_index)
     trainer.results["softmax"] = result
     trainer.seconds["softmax"] = time.monotonic() - started
-    epochs = trainer.args.epochs
     print(
         f"softmax layer: accuracy {result[0]:.2%} on validation in the best of"
-        f" {epochs} epochs",
+        f" {trainer.args.epochs} epochs",
         flush=True,
     )
     return history
+
+
+def measure_knn(trainer, features, test_features):
+    """(validation, test accuracy) of kNN among the training images, None without test.
+
+    features [N, d] are of all labelled images.
+    """
+    train = trainer.train_index
+    validation = trainer.val_index
+    known = (features[train], trainer.labels[train])
+    val_accuracy = evaluation.knn_accuracy(
+        *known, features[validation], trainer.labels[validation]
+    )
+    test_accuracy = None
+    if test_features is not None:
+        test_accuracy = evaluation.knn_accuracy(
+            *known, test_features, trainer.test_labels
+        )
+    return val_accuracy, test_accuracy
 
 
 def fit_softmax_layer(features, labels, train, validation, args):
@@ -549,7 +550,8 @@ def fit_softmax_layer(features, labels, train, validation, args):
 
     layer.load_state_dict(best_weights)
     with torch.no_grad():
-        # What the layer does on standardised features, it shall do on plain ones.
+        # The same layer on plain features x:
+        # W (x − mean) / scale + b = (W / scale) x + (b − (W / scale) mean).
         layer.weight /= scale
         layer.bias -= layer.weight @ mean
     return layer, best_accuracy, history
@@ -580,11 +582,11 @@ def evaluate(layer, features, labels):
     return loss, accuracy
 
 
-def epoch_order(train, views, seed, epoch):
+def epoch_order(train, view_count, seed, epoch):
     """(the training indices in this epoch's order, which of the views each gets)."""
     generator = make_generator("cpu", seed, ORDER, epoch)
     order = torch.randperm(len(train), generator=generator)
-    view = torch.randint(views, (len(train),), generator=generator)
+    view = torch.randint(view_count, (len(train),), generator=generator)
     return train[order.to(train.device)], view.to(train.device)
 
 
@@ -601,7 +603,7 @@ def print_summary(trainer, full_epochs):
     tests = 0 if trainer.test_images is None else len(trainer.test_images)
     classes = f"{len(trainer.classes)} classes in {args.data_dir}"
     side = args.image_size
-    counts = f"{len(trainer.validation)} to validate, {tests} to test"
+    counts = f"{len(trainer.val_index)} to validate, {tests} to test"
 
     print(f"{args.experiment_name}: {args.model_type}, {trainer.trunk_name}")
     print(f"  {trainer.device.type}, {args.precision}, seed {args.seed}, {classes}")
@@ -615,13 +617,9 @@ def print_summary(trainer, full_epochs):
 
 def write_results(trainer, state, experiment, argv):
     """Write <experiment>.pt, the tables and the pictures, and print the table."""
-    parts = {
-        "trunk": trainer.model.trunk,
-        "softmax_layer": trainer.model.softmax_layer,
-    }
     experiment.export(
         trainer.args,
-        parts,
+        {"trunk": trainer.model.trunk, "softmax_layer": trainer.model.softmax_layer},
         state,
         classes=trainer.classes,
         results=trainer.results,
@@ -631,16 +629,12 @@ def write_results(trainer, state, experiment, argv):
     )
 
     # The finished model's answers, on test images where there are any.
-    val_images = trainer.images[trainer.validation]
-    val_labels = trainer.labels[trainer.validation]
-    val_predictions = trainer.predictions(trainer.features(val_images))
-    images = val_images
-    labels = val_labels
-    predictions = val_predictions
-    if trainer.test_images is not None:
-        images = trainer.test_images
-        labels = trainer.test_labels
-        predictions = trainer.predictions(trainer.features(images))
+    images = trainer.test_images
+    labels = trainer.test_labels
+    if images is None:
+        images = trainer.images[trainer.val_index]
+        labels = trainer.labels[trainer.val_index]
+    predictions = trainer.predictions(trainer.features(images))
 
     # What is confused with what.
     confusion_file = experiment.observation("confusion.png")
@@ -649,16 +643,7 @@ def write_results(trainer, state, experiment, argv):
     csv_file = experiment.observation("confusion.csv")
     write_confusion_csv(csv_file, labels, predictions, trainer.classes)
 
-    # The tables.
     table = results_table(trainer)
-    class_sizes = torch.bincount(trainer.labels)
-    if class_sizes.min() != class_sizes.max():
-        # With classes of different sizes, accuracy alone may hide a bad one.
-        validation_cell = f"{balanced_accuracy(val_labels, val_predictions):.2%}"
-        test_cell = "none"
-        if trainer.test_images is not None:
-            test_cell = f"{balanced_accuracy(labels, predictions):.2%}"
-        table += f"Balanced accuracy at the end | {validation_cell} | {test_cell}\n"
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", Path(__file__).name, *arguments])
     date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
@@ -674,7 +659,7 @@ def write_results(trainer, state, experiment, argv):
 
 
 def results_table(trainer):
-    """The reference's table, with further rows of ours, in Markdown."""
+    """The results in Markdown; the first rows are worded as aniket03/pirl_pytorch's."""
     table = (
         f"{trainer.trunk_name}, images of {trainer.args.data_dir}:\n\n{TABLE_HEADER}"
     )
@@ -692,20 +677,36 @@ def results_table(trainer):
             validation_cell = f"{validation:.2%}"
             test_cell = "none" if test is None else f"{test:.2%}"
         table += f"{title} | {validation_cell} | {test_cell}\n"
-    return table
+    return table + balanced_row(trainer)
 
 
-def balanced_accuracy(labels, predictions):
-    """The mean of the accuracies of all classes that there are, a float."""
-    correct = (labels == predictions).float()
-    accuracies = [correct[labels == label].mean() for label in labels.unique()]
-    return torch.stack(accuracies).mean().item()
+def balanced_row(trainer):
+    """A row of the table for classes of different sizes; else an empty text.
+
+    The mean of the classes' accuracies by the finished model: there, accuracy alone may
+    hide a bad class.
+    """
+    class_sizes = torch.bincount(trainer.labels)
+    if class_sizes.min() == class_sizes.max():
+        return ""
+
+    def balanced_accuracy(images, labels):
+        correct = (trainer.predictions(trainer.features(images)) == labels).float()
+        of_classes = [correct[labels == label].mean() for label in labels.unique()]
+        return f"{torch.stack(of_classes).mean():.2%}"
+
+    val = trainer.val_index
+    validation_cell = balanced_accuracy(trainer.images[val], trainer.labels[val])
+    test_cell = "none"
+    if trainer.test_images is not None:
+        test_cell = balanced_accuracy(trainer.test_images, trainer.test_labels)
+    return f"Balanced accuracy at the end | {validation_cell} | {test_cell}\n"
 
 
 def class_table(trainer, labels, predictions):
     """Each class's number of images and accuracy, in Markdown."""
     split = "validation" if trainer.test_images is None else "test"
-    table = f"Class | Labelled images | Of {split} | Accuracy of the finished model\n"
+    table = f"Class | Labelled images | Of {split} | Accuracy at the end\n"
     table += "--- | --- | --- | ---\n"
     for label, name in enumerate(trainer.classes):
         labelled = (trainer.labels == label).sum().item()
@@ -731,16 +732,18 @@ def draw_neighbours(trainer, images, labels):
     """A picture: the first image of every class, with its nearest training images."""
     firsts = [(labels == label).nonzero()[0].item() for label in labels.unique()]
     shown = torch.tensor(firsts, device=trainer.device)
+    known_images = trainer.images[trainer.train_index]
+    known_labels = trainer.labels[trainer.train_index]
     _, nearest = evaluation.nearest_neighbours(
-        trainer.features(trainer.images),
+        trainer.features(known_images),
         trainer.features(images[shown]),
         SHOWN_NEIGHBOURS,
     )
     picture = neighbour_picture(
         images[shown],
         labels[shown],
-        trainer.images[nearest],
-        trainer.labels[nearest],
+        known_images[nearest],
+        known_labels[nearest],
         trainer.classes,
     )
     save_picture(picture, trainer.args.neighbours)

@@ -59,6 +59,9 @@ faults: .venv/development  ## the slow tests; then kill, interrupt, fill the dis
 endurance: .venv/development  ## 2,000 steps and hundreds of checkpoints: memory and open files must not grow
 	OMP_NUM_THREADS=1 $(PY) tests/endurance.py
 
+mutants: .venv/development  ## change the code line by line and list what no test notices (ALL=1: all files, hours)
+	$(PY) tests/mutants.py $(if $(ALL),--all)
+
 lint: .venv/development  ## ruff's checks and its formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -79,4 +82,4 @@ clean:  ## remove the demo's files and caches, nothing else
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-oldest faults endurance lint results gpu-report clean
+.PHONY: help demo test test-oldest faults endurance mutants lint results gpu-report clean

@@ -246,7 +246,7 @@ def normalize(images):
 
 
 def unnormalize(views):
-    """The inverse of normalize(): float [N, 3, H, W] -> RGB in 0 … 1."""
+    """Normalised float [N, 3, H, W] -> RGB in 0 … 1, for pictures."""
     mean = torch.tensor(PIXEL_MEAN, device=views.device)[:, None, None]
     std = torch.tensor(PIXEL_STD, device=views.device)[:, None, None]
     return views * std + mean

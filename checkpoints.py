@@ -149,6 +149,7 @@ NEVER_RESTORED = {
     "observations_dir",
     "neighbours",
     "device",
+    "images_on",
     "resume",
 }
 # What a resumed run of either script may change. All other flags are refused if they
@@ -185,9 +186,9 @@ class Experiment:
         self.history_file = self.observation("observations.csv")  # a row per epoch
         self.locks = []
         if RANK == 0:
-            folders = {args.weights_dir.resolve(), args.observations_dir.resolve()}
-            for folder in folders:
-                self.lock(folder)
+            folders = (args.weights_dir, args.observations_dir)
+            for folder in {os.path.realpath(folder) for folder in folders}:
+                self.lock(Path(folder))
 
     def observation(self, ending):
         """The path of <experiment>_<ending> in the folder of tables and pictures."""
@@ -215,11 +216,12 @@ class Experiment:
         """
         if resume and self.checkpoint_file.exists():
             checkpoint = read_torch_file(self.checkpoint_file)
-            advice = "choose another --experiment-name"
-            with explain_mismatch(self.checkpoint_file, advice):
-                if checkpoint["kind"] != self.kind:
-                    kinds = f"it is a {checkpoint['kind']}, not a {self.kind}"
-                    raise ValueError(kinds)
+            kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+            if kind != self.kind:
+                raise UserError(
+                    f"{self.checkpoint_file} is a {kind}, not a {self.kind}",
+                    "choose another --experiment-name",
+                )
             return checkpoint
 
         files = (self.checkpoint_file, self.model_file, self.history_file)
@@ -319,8 +321,8 @@ PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in o
 
 # Where other projects keep the weights in their checkpoints.
 WRAPPERS = ("state_dict", "model", "teacher", "student", "backbone", "net", "network")
-# Of two encoders, the one that is trained by gradients is used, and of DINO's the
-# teacher.
+# Words in the name of the one of two encoders that is not used: MoCo's key encoder, the
+# momentum and target encoders of others, and DINO's student, whose teacher is better.
 SECOND_ENCODERS = ("encoder_k", "momentum", "key", "target", "student", "ema")
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 # lightly's examples keep torchvision's layers in a Sequential, under these numbers.
@@ -339,8 +341,9 @@ def read_weights(name, weights_dir):
 
     The file is a model or a checkpoint of the training scripts, or holds another
     project's ResNet. The content is a dict: state dicts under the names in PARTS,
-    "settings" ({} of other projects), "finished" (whether it is no checkpoint of a run)
-    and, where there are any, "kind", "classes" and "history".
+    "settings" ({} of other projects), "from_checkpoint" (whether its run may not have
+    ended: the batch-norm statistics are not those of plain images) and, where there are
+    any, "kind", "classes" and "history".
     """
     name = os.path.expanduser(name)
     candidates = [
@@ -362,14 +365,14 @@ def read_weights(name, weights_dir):
     with explain_mismatch(path, advice):
         if "trunk" not in content or "settings" not in content:
             trunk = find_trunk(content)
-            return path, {"trunk": trunk, "settings": {}, "finished": True}
+            return path, {"trunk": trunk, "settings": {}, "from_checkpoint": False}
 
         weights = {"trunk": content["trunk"], "settings": dict(content["settings"])}
         for key in (*PARTS, "kind", "classes", "history"):
             if key in content:
                 weights[key] = content[key]
-        weights["finished"] = "training" not in content
-        if not weights["finished"]:
+        weights["from_checkpoint"] = "training" in content
+        if weights["from_checkpoint"]:
             weights["history"] = content["training"]["history"]
         return path, weights
 
@@ -422,7 +425,10 @@ def is_second_encoder(network):
 
 
 def rename_layers(state_dict):
-    """The tensors of a state dict, with torchvision's names for the layers."""
+    """The tensors of a state dict, with torchvision's names for the layers.
+
+    For example, lightly's backbone.4.0.conv1.weight is backbone.layer1.0.conv1.weight.
+    """
     renamed = {}
     for name, value in state_dict.items():
         if not isinstance(value, torch.Tensor):

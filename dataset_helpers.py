@@ -44,7 +44,7 @@ MAX_ASPECT = 8
 RESERVED_ON_CARD = 1.5e9
 # Bytes per image beside its pixels: a row of the memory bank, and the random numbers of
 # its views for two epochs, of which one is drawn while the other is still there.
-ROWS_ON_CARD = 4 * (128 + 2 * 96)
+BYTES_BESIDE_PIXELS = 4 * (128 + 2 * 96)
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def place_images(wish, count, side, device):
     if wish == "device":
         return device
 
-    needed = count * (3 * side**2 + ROWS_ON_CARD)
+    needed = count * (3 * side**2 + BYTES_BESIDE_PIXELS)
     free = free_memory(device) - RESERVED_ON_CARD
     too_large = torch.tensor(needed > free)
     if RANKS > 1:
@@ -376,7 +376,7 @@ def class_names(data_dir, folders):
     if not path.is_file():
         return folders
     # Editors on Windows put a byte order mark at the beginning.
-    lines = path.read_text("utf-8-sig").splitlines()
+    lines = path.read_text("utf-8-sig", errors="replace").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     numbers = [str(number + 1) for number in range(len(names))]
     return names if folders == numbers else folders

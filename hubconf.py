@@ -30,8 +30,8 @@ import torch
 from torchvision.transforms import v2
 
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from checkpoints import load_weights, model_type_of, read_weights
-from models import make_trunk
+from checkpoints import read_weights
+from extract_features import make_network
 
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm", "filelock"]
 
@@ -43,12 +43,9 @@ def trunk(path):
     The preprocessing maps a Pillow image in RGB to float32 [3, S, S].
     """
     path, weights = read_weights(str(path), Path("weights"))
-    settings = weights["settings"]
-    model_type = settings.get("model_type", model_type_of(weights["trunk"]))
-    resnet, _ = make_trunk(model_type, settings.get("stem", "imagenet"))
-    load_weights({"trunk": resnet}, weights, path)
+    resnet, _ = make_network(path, weights)
 
-    side = settings.get("image_size", 96)
+    side = weights["settings"].get("image_size", 96)
     prepare = v2.Compose(
         [
             v2.Resize(side, v2.InterpolationMode.BICUBIC),

@@ -33,8 +33,7 @@ class Jigsaw(nn.Module):
         """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 85] -> [B·9, 3, P, P].
 
         The result is float32, normalised, channels-last: the nine patches of an image
-        side by side, in the order in which they are presented, each with its own
-        colours.
+        in a row, in the order in which they are presented, each with its own colours.
         """
         sizes = [CROP_UNIFORMS, CELLS * 2, CELLS * COLOUR_UNIFORMS, CELLS]
         split = uniforms.split(sizes, dim=1)
@@ -100,8 +99,8 @@ def patch_places(offset_uniforms, order_uniforms, side):
 def sample_patches(images, transforms, patch):
     """images [B, 3, S, S], transforms [B, 9, 2, 3] -> [B·9, 3, P, P].
 
-    One grid_sample per image serves all its patches, as one tall picture of them, so
-    that no image is copied nine times.
+    The nine patches of an image are sampled as one tall picture of them, so that no
+    image is copied nine times.
     """
     count = len(images) * CELLS
     size = (count, 3, patch, patch)

@@ -59,6 +59,7 @@ class SmallMapConv2d(nn.Conv2d):
             y = F.linear(pixels[:, ::stride, ::stride], middle)
             return y.permute(0, 3, 1, 2)
 
+        # A row per output (channel, a, b), a column per input (row, column, channel).
         matrix = weight.flatten(1, 2).index_select(1, self.taps)  # [out, S'·S'·4, in]
         matrix = matrix.view(-1, 4 * self.in_channels)  # [out·S'·S', 4·in]
         y = F.linear(pixels.flatten(1), matrix)  # [B, out·S'·S']
@@ -127,8 +128,8 @@ class PIRL(nn.Module):
     def batch_statistics(self):
         """Inside, batch norm uses the batch's own statistics, in eval mode too.
 
-        The running statistics are left alone: they are those of whole images, which
-        evaluation needs. Mixing in those of patches costs several points of accuracy.
+        The running statistics are left alone: they are those of whole images, by which
+        validation runs. Those of patches are quite different.
         """
         training = self.trunk.training
         for norm in self.norms:

@@ -16,6 +16,7 @@ from torchvision.transforms.functional import InterpolationMode, resize, to_pil_
 from torchvision.utils import make_grid
 
 from augmentations import (
+    COLOUR_STRENGTH,
     CROP_UNIFORMS,
     box_transforms,
     crop_box,
@@ -25,7 +26,7 @@ from augmentations import (
 from checkpoints import atomic_write
 from dataset_helpers import STL10_SIDE, list_images, load_images, unlabelled_folder
 from jigsaw import GRID, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
-from pirl_stl_train_test import PRETEXTS
+from pretexts import PRETEXTS
 from rotation import JigsawRotation, quarter_turns
 from run_helpers import VIEWS, Parser, bounded, file_path, make_generator, run_script
 
@@ -69,7 +70,7 @@ def main(argv=None):
     files = list_images(unlabelled_folder(args.data_dir))[: args.images]
     images, _ = load_images(files, STL10_SIDE, cpu, "images")
 
-    pretext = PRETEXTS[args.pretext]()
+    pretext = PRETEXTS[args.pretext](COLOUR_STRENGTH)
     generator = make_generator(cpu, args.seed, VIEWS, 1)
     uniforms = torch.rand(len(images), pretext.uniforms, generator=generator)
     picture = pretext_picture(images.float(), pretext, uniforms)

@@ -147,9 +147,9 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     experiment = Experiment(args, "PIRL checkpoint")
-    # A warm start under the run's own name goes on with that run's record.
-    continues_itself = args.warm_start and not args.pirl_model_name
-    checkpoint = experiment.open_checkpoint(args.resume, may_replace=continues_itself)
+    # A warm start from its own finished model replaces the files of that run.
+    from_itself = args.warm_start and not args.pirl_model_name
+    checkpoint = experiment.open_checkpoint(args.resume, may_replace=from_itself)
     if checkpoint:
         changeable = CHANGEABLE | {
             "epochs",
@@ -258,8 +258,9 @@ def modified_nce(logits):
 def nce(logits):
     """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + C] -> [B].
 
-    h(w, m_k) is the probability of column k, and log(1 − h) is log1p(−h) for all
-    columns but the largest: where that is near 1, 1 − h would be lost to rounding.
+    h(w, m_k) is the probability of column k. Simply written, this is
+    −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1), but where the largest h is near 1,
+    its 1 − h would be lost to rounding.
     """
     log_h = F.log_softmax(logits, dim=1)
     top = logits.argmax(1, keepdim=True)  # the column of the largest h, [B, 1]
@@ -445,18 +446,19 @@ class Pretraining:
         local_index = shares[RANK] if has_share else index[:1]
 
         images = self.take_images(local_index)
-        index = to_device(index, self.device)
+        device_index = to_device(index, self.device)
         local_index = to_device(local_index, self.device)
-        uniforms = uniforms.index_select(0, local_index)
+        local_uniforms = uniforms.index_select(0, local_index)
         image_vectors, pretext_vectors = self.run_network(
-            images, uniforms, full_batch=len(index) == args.batch_size
+            images, local_uniforms, full_batch=len(index) == args.batch_size
         )
 
         # f(φ(I)) of all ranks, in the batch's order.
         counts = [len(share) for share in shares]
         all_vectors = gather_rows(image_vectors.float(), counts)
 
-        # The negatives: the same draw from the bank on all ranks, and the batch.
+        # The negatives: from the bank, the same draw on all ranks, and from the batch.
+        # Into the batch's vectors, gradients flow.
         generator = make_generator(self.device, args.seed, NEGATIVES, epoch, step)
         negatives, excluded = self.bank.draw_negatives(
             local_index, self.negative_count, generator
@@ -465,7 +467,7 @@ class Pretraining:
         correct = pretext_correct(pretext_vectors, memory, negatives, excluded)
         if args.batch_negatives:
             batch_vectors = F.normalize(all_vectors, dim=1)
-            own_vector = local_index[:, None] == index  # [b, B]
+            own_vector = local_index[:, None] == device_index  # [b, B]
             negatives = torch.cat([negatives, batch_vectors])
             excluded = torch.cat([excluded, own_vector], dim=1)
 
@@ -550,16 +552,16 @@ def learning_rate(args, epoch, step, steps_per_epoch):
 def validate(trainer, uniforms, epoch):
     """(loss, pretext accuracy) of the validation images; (None, None) without any.
 
-    Their rows of the memory bank are updated as those of training images are. All ranks
-    take over the running statistics of rank 0, without validation images as well.
+    Their rows of the memory bank are updated as those of training images are.
     """
-    if RANKS > 1:
-        # Each rank has those of its own shares; one of them is exported.
-        for buffer in trainer.model.buffers():
-            distributed.broadcast(buffer, 0)
     count = len(trainer.images) - trainer.train_count
     if count == 0:
         return None, None
+    if RANKS > 1:
+        # Each rank has the running statistics of its own shares: those of rank 0 are
+        # used by all.
+        for buffer in trainer.model.buffers():
+            distributed.broadcast(buffer, 0)
 
     trainer.model.eval()
     first = trainer.train_count

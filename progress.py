@@ -181,14 +181,15 @@ class LoopControl:
             if not self.experiment.checkpoint_file.exists():
                 # The CSV is about to get a row: --resume must find a checkpoint.
                 return True
-            # The end of an epoch is a good moment: not much younger ones are enough.
+            # At the end of an epoch, unless the last one is less than a minute old.
             minutes = min(minutes, 1)
         return time.monotonic() - self.saved_at >= 60 * minutes
 
     def agree(self, save_due, now):
-        """(a signal's number or 0, whether to save): the same on all ranks.
+        """(number of a signal or 0, whether to save a checkpoint): all ranks' decision.
 
-        now: without delay. A signal to any rank counts, and the clock of rank 0.
+        A signal to any rank counts, and the wish of rank 0. GPUs decide every 16 steps,
+        and where `now` is true.
         """
         if RANKS == 1:
             return self.signal, save_due

@@ -175,7 +175,9 @@ def main(argv=None):
         )
     print_summary(trainer, full_epochs)
 
-    # The softmax layer takes a minute or two: a run that is stopped in it begins again.
+    # A resumed run may stand before the softmax layer, behind it, within the epochs of
+    # the whole network, or at the end. The softmax layer takes a minute or two: a run
+    # that is stopped in it begins again.
     if "softmax" not in trainer.results:
         state.history = train_softmax_layer(trainer)
         save()
@@ -240,9 +242,8 @@ class FineTuning:
         classes = len(self.classes)
         self.model = models.make_classifier(trunk, dimension, classes)
         self.model.to(device, memory_format=torch.channels_last)
-        if not weights or not weights["finished"]:
-            # Only a finished model comes with the batch-norm statistics of plain
-            # images.
+        if not weights or weights["from_checkpoint"]:
+            # Finished models come with the batch-norm statistics of plain images.
             self.model.trunk = evaluation.with_plain_bn_statistics(
                 self.model.trunk, self.images[self.train_index], args.batch_size
             )
@@ -256,7 +257,7 @@ class FineTuning:
 
         self.full_stage_begun = False
         self.best = {"val_acc": -1.0}  # the best epoch of the full stage
-        # By the names of TABLE_ROWS: (validation, test accuracy), of folds one each.
+        # (validation, test accuracy) by the names of TABLE_ROWS; of folds a list.
         self.results = {}
         self.seconds = {}  # that each stage has taken
 
@@ -446,20 +447,19 @@ def train_softmax_layer(trainer):
         layer, val_accuracy, history = fit_softmax_layer(
             features, trainer.labels, train, validation, trainer.args
         )
-        trainer.model.softmax_layer.load_state_dict(layer.state_dict())
         test_accuracy = None
         if test_features is not None:
-            test_accuracy = trainer.accuracy(test_features, trainer.test_labels)
-        return (val_accuracy, test_accuracy), history
+            _, test_accuracy = evaluate(layer, test_features, trainer.test_labels)
+        return layer, (val_accuracy, test_accuracy), history
 
     for fold in trainer.folds:
         # A fold's own images also decide on learning rate and epoch, so that no label
         # beyond the fold's is used.
-        result, _ = fit(fold, fold)
+        _, result, _ = fit(fold, fold)
         trainer.results.setdefault("folds", []).append(result)
 
-    # The real split comes last: its layer stays in the model.
-    result, history = fit(trainer.train_index, trainer.val_index)
+    layer, result, history = fit(trainer.train_index, trainer.val_index)
+    trainer.model.softmax_layer.load_state_dict(layer.state_dict())
     trainer.results["softmax"] = result
     trainer.seconds["softmax"] = time.monotonic() - started
     print(

@@ -322,7 +322,7 @@ def conventional(trainer, workers, steps):
         image_vectors, patch_vectors = forward(trainer, view, patches.flatten(0, 1))
 
         bank = trainer.bank
-        count = trainer.negatives
+        count = trainer.negative_count
         negatives, excluded = bank.draw_negatives(index, count, generator)
         f = F.normalize(image_vectors, dim=1)
         same_image = index[:, None] == index

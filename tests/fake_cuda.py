@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from conftest import ThinResNet18, write_raw
+from records import parts_of, same, weights
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
@@ -38,7 +39,8 @@ import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
 from memory_bank import MemoryBank
-from run_helpers import run_script
+from pirl_stl_train_test import Pretraining
+from run_helpers import run_script, to_device
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda", 0)
@@ -404,7 +406,7 @@ def scripts():
         write_data(folder)
         thin = mock.patch.dict(models.TRUNKS, res18=ThinResNet18)
         stack.enter_context(thin)
-        stack.enter_context(label(pirl_stl_train_test.Pretraining, "train_step"))
+        stack.enter_context(label(Pretraining, "train_step"))
         stack.enter_context(label(train_stl_after_ssl.FineTuning, "train_step"))
         seen = stack.enter_context(pretend_cuda())
 
@@ -428,7 +430,7 @@ def scripts():
 
 
 def check():
-    """Run both scripts with many of their flags. Returns the waits within steps."""
+    """Run both scripts with many of their flags. Returns what is wrong, a line each."""
     pretraining = pirl_stl_train_test
     fine_tuning = train_stl_after_ssl
     # fmt: off
@@ -450,12 +452,32 @@ def check():
             call(pretraining, "--epochs", 1, *name, *flags)
         torch.use_deterministic_algorithms(False)
 
+        wrong = compare_places(call, folder)
+
         both_stages = ["--epochs", 1, "--full-fine-tune", "True"]
         extras = ["--folds", "True", "--neighbours", folder / "neighbours.png"]
         call(fine_tuning, *both_stages, *extras)
         pretrained = ["--experiment-name", "b", "--pirl-model-name", "e1_resnet18_"]
         call(fine_tuning, *both_stages, *pretrained, "--precision", "fp16")
-    return waits(seen)
+    return waits(seen) + wrong
+
+
+def compare_places(call, folder):
+    """Train with the images on the device, then on the host of a small card.
+
+    Returns a line if the results are not the same bits.
+    """
+    short = ["--epochs", 1, "--knn-every", 0, "--experiment-name"]
+    call(pirl_stl_train_test, *short, "device", "--images-on", "device")
+    small_card = {"return_value": (1_500_000_000, 2_000_000_000)}
+    with mock.patch("torch.cuda.mem_get_info", **small_card):
+        call(pirl_stl_train_test, *short, "host", "--images-on", "auto")
+
+    on_device = parts_of(weights(folder, "device"))
+    on_host = parts_of(weights(folder, "host"))
+    if same(on_device, on_host):
+        return []
+    return ["images on the host give other weights than images on the device"]
 
 
 def waits(seen):
@@ -500,6 +522,30 @@ def sent_from_pageable_memory(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
+def images_by_a_pageable_index(self, index):
+    return self.images.index_select(0, index.to(self.device))
+
+
+def images_from_pageable_memory(self, index):
+    batch = self.images.index_select(0, index)
+    return batch.to(self.device, non_blocking=True)
+
+
+def images_from_pinned_memory_that_are_waited_for(self, index):
+    batch = self.images.index_select(0, index).pin_memory()
+    return batch.to(self.device)
+
+
+def images_by_an_index_of_the_device(self, index):
+    index = to_device(index, self.device)
+    return to_device(self.images.index_select(0, index), self.device)
+
+
+def images_by_an_index_that_comes_back(self, index):
+    index = to_device(index, self.device)
+    return to_device(self.images.index_select(0, index.cpu()), self.device)
+
+
 # fmt: off
 DEFECTS = {  # what -> owner, name, flaw
     "an index on the CPU, compared with one on the GPU":
@@ -514,16 +560,34 @@ DEFECTS = {  # what -> owner, name, flaw
         (pirl_stl_train_test, "modified_nce", looked_up_by_a_mask),
     "an index from memory that is not pinned":
         (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
+    "images on the device, by an index from memory that is not pinned":
+        (Pretraining, "take_images", images_by_a_pageable_index),
+}
+DEFECTS_ON_HOST = {  # the same, of runs with --images-on host
+    "a batch from memory that is not pinned":
+        (Pretraining, "take_images", images_from_pageable_memory),
+    "a batch from pinned memory, but waited for":
+        (Pretraining, "take_images", images_from_pinned_memory_that_are_waited_for),
+    "images on the host, by an index on the device":
+        (Pretraining, "take_images", images_by_an_index_of_the_device),
+    "images on the host, by an index that is read back":
+        (Pretraining, "take_images", images_by_an_index_that_comes_back),
+    "an index from memory that is not pinned, for all but the images":
+        (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
 }
 # fmt: on
 
 
-def find_defect(owner, name, flaw):
-    """What is seen of a defect: an error, or waits within steps."""
+def find_defect(owner, name, flaw, place):
+    """What is seen of a defect: an error, or waits within steps.
+
+    place: of the images.
+    """
     planted = mock.patch.object(owner, name, flaw)
     try:
         with planted, scripts() as (seen, call, _):
-            call(pirl_stl_train_test, "--epochs", 1, "--knn-every", 0)
+            flags = ["--epochs", 1, "--knn-every", 0, "--images-on", place]
+            call(pirl_stl_train_test, *flags)
             return waits(seen)
     except RuntimeError as error:
         return [str(error)]
@@ -540,10 +604,11 @@ def main():
         sys.exit(bool(lines))
 
     all_found = True
-    for what, (owner, name, flaw) in DEFECTS.items():
-        lines = find_defect(owner, name, flaw)
-        print(f"{what}: {lines[0] if lines else 'NOT FOUND'}")
-        all_found = all_found and bool(lines)
+    for place, defects in (("device", DEFECTS), ("host", DEFECTS_ON_HOST)):
+        for what, planted in defects.items():
+            lines = find_defect(*planted, place)
+            print(f"{what}: {lines[0] if lines else 'NOT FOUND'}")
+            all_found = all_found and bool(lines)
     sys.exit(not all_found)
 
 

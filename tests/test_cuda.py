@@ -100,7 +100,7 @@ def test_a_step_of_fine_tuning_never_waits_for_the_device(tiny):
     args.precision = choose_precision(args, device)
     trainer = train_stl_after_ssl.FineTuning(args, device, None, {})
     uniforms = trainer.epoch_uniforms(1)
-    batches = trainer.train.split(16)
+    batches = trainer.train_index.split(16)
     trainer.train_step(batches[0], uniforms)
 
     torch.cuda.set_sync_debug_mode("error")

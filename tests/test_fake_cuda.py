@@ -36,7 +36,8 @@ def pretend(what):
 def test_no_step_waits_for_the_device_and_no_operator_meets_two_devices():
     out = pretend("check")
     runs = re.findall("PIRL, .*, res18, cuda, ", out)
-    assert len(runs) == 5, "the runs took place on the pretended device"
+    assert len(runs) == 7, "the runs took place on the pretended device"
+    assert out.count("note: the images stay on the host") == 1, "of a small card"
     assert out.endswith(
         "no step waits for the device, and no operator met tensors of two devices\n"
     )
@@ -46,5 +47,5 @@ def test_no_step_waits_for_the_device_and_no_operator_meets_two_devices():
 def test_planted_defects_are_found():
     out = pretend("defects")
     assert "NOT FOUND" not in out
-    assert out.count("cuda:0 and cpu") == 2
-    assert out.count(" at pirl_stl_train_test.py:") == 4
+    assert out.count("cuda:0 and cpu") == 3
+    assert out.count(" at pirl_stl_train_test.py:") == 9

@@ -89,6 +89,11 @@ def test_images_that_do_not_fit_in_memory(call, flags, monkeypatch):
     run = ("--image-size", 50, "--only-train", "--knn-every", 0)
     assert call("pirl_stl_train_test", *flags, *run).status == 0
 
+    monkeypatch.setattr(dataset_helpers, "free_memory", lambda device: 1000)
+    run = ("--experiment-name", "new", "--only-train")
+    outcome = call("pirl_stl_train_test", *flags, *run)
+    assert outcome.is_one_line_error("fewer images")
+
 
 # ---- Classes -------------------------------------------------------------------------
 def test_classes_by_name(call, flags, zoo, tmp_path, monkeypatch):

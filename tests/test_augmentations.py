@@ -1,0 +1,326 @@
+"""Views against torchvision's transforms, and the ranges of their parameters."""
+
+import math
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+
+from augmentations import (
+    COLOUR_UNIFORMS,
+    CROP_UNIFORMS,
+    IMAGE_VIEW_UNIFORMS,
+    LABELLED_VIEW_UNIFORMS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    YIQ,
+    ColourJitter,
+    ImageView,
+    LabelledView,
+    box_transforms,
+    crop_box,
+    normalize,
+    sample,
+    unnormalize,
+)
+from jigsaw import Jigsaw
+from run_helpers import make_generator
+
+ALMOST_ONE = 1 - 2**-24  # the largest number that torch.rand gives
+
+
+def make_uniforms(count, columns, seed=0):
+    return torch.rand(count, columns, generator=make_generator("cpu", seed))
+
+
+def to_unit(view):
+    """Normalised views to RGB in 0 … 1."""
+    std = torch.tensor(PIXEL_STD)[:, None, None]
+    mean = torch.tensor(PIXEL_MEAN)[:, None, None]
+    return view * std + mean
+
+
+# ---- Whole views ---------------------------------------------------------------------
+VIEWS = [
+    (ImageView(), IMAGE_VIEW_UNIFORMS),
+    (LabelledView(), LABELLED_VIEW_UNIFORMS),
+]
+
+
+@pytest.mark.parametrize(("view", "columns"), VIEWS)
+def test_views_differ_within_a_batch_and_do_not_depend_on_it(view, columns):
+    image = torch.rand(3, 96, 96, generator=make_generator("cpu", 1)) * 255
+    images = image.repeat(8, 1, 1, 1)
+    uniforms = make_uniforms(8, columns)
+
+    together = view(images, uniforms)
+    for i in range(8):
+        for j in range(i):
+            assert (together[i] - together[j]).abs().mean() > 0.01
+
+    order = torch.tensor([5, 2, 7])
+    alone = view(images[order], uniforms[order])
+    torch.testing.assert_close(alone, together[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("view", "columns"), VIEWS)
+def test_views_are_normalised_channels_last_and_in_range(view, columns):
+    images = torch.randint(0, 256, (4, 3, 96, 96)).float()
+    out = view(images, make_uniforms(4, columns))
+    assert out.shape == (4, 3, 96, 96)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    unit = to_unit(out)
+    assert unit.min() >= -1e-5
+    assert unit.max() <= 1 + 1e-5
+
+
+def test_views_have_nothing_to_save():
+    """Their constants follow them to a GPU, and stay out of checkpoints."""
+    for module in (ImageView(), LabelledView(), Jigsaw()):
+        assert list(module.buffers())
+        assert not list(module.parameters())
+        assert not module.state_dict()
+
+
+def test_plain_images_and_their_way_back():
+    images = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    out = normalize(images)
+    assert out.dtype == torch.float32
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(to_unit(out), images / 255, rtol=0, atol=1e-5)
+    torch.testing.assert_close(unnormalize(out), images / 255, rtol=0, atol=1e-5)
+
+
+# ---- Crops, flips and rotations ------------------------------------------------------
+@pytest.mark.parametrize(
+    "box", [(0, 0, 96, 96), (10, 20, 50, 70), (46, 0, 50, 96), (3, 5, 31, 29)]
+)
+def test_crop_and_resize_equal_torchvision(box):
+    images = torch.randint(0, 256, (2, 3, 96, 96)).float()
+    expected = TF.resized_crop(images, *box, size=[96, 96], antialias=False)
+
+    top, left, height, width = box
+    corner = torch.tensor([[top, left]] * 2).float()
+    size = torch.tensor([[height, width]] * 2).float()
+    crop = sample(images, box_transforms(corner, size, 96), 96)
+
+    # At the border, torchvision repeats the crop's last pixel, and we see the image
+    # beyond it. So leave out what lies outside the centres of the crop's last pixels:
+    # of an enlarged crop one pixel on each side, of the smallest one two, else none.
+    rows = math.ceil(0.5 * 96 / height - 0.5)
+    columns = math.ceil(0.5 * 96 / width - 0.5)
+    inside = (..., slice(rows, 96 - rows), slice(columns, 96 - columns))
+    torch.testing.assert_close(crop[inside], expected[inside], rtol=0, atol=0.02)
+
+
+def test_flip_mirrors_half_of_the_images():
+    uniforms = make_uniforms(1000, IMAGE_VIEW_UNIFORMS, seed=2)
+    uniforms[:, 0] = ALMOST_ONE  # the whole image
+    uniforms[:, 1] = 0.5
+    uniforms[:, 9] = 0.99  # its own colours
+    uniforms[:, 10] = 0.99
+
+    ramp = torch.arange(48.0).expand(1000, 3, 48, 48) * 5
+    view = to_unit(ImageView()(ramp, uniforms))
+    rising = view.diff(dim=-1).mean((1, 2, 3)) > 0
+    assert (rising == (uniforms[:, 4] < 0.5)).all()
+    assert 430 < rising.sum() < 570
+
+
+def test_a_flip_is_the_mirrored_view():
+    images = torch.randint(0, 256, (6, 3, 96, 96)).float()
+    uniforms = make_uniforms(6, IMAGE_VIEW_UNIFORMS, seed=8)
+    uniforms[:, 4] = 0
+    plain = ImageView()(images, uniforms)
+    uniforms[:, 4] = ALMOST_ONE
+    flipped = ImageView()(images, uniforms)
+    torch.testing.assert_close(flipped, plain.flip(3), rtol=0, atol=1e-3)
+
+
+def test_crop_area_and_aspect_span_their_ranges():
+    uniforms = make_uniforms(20000, CROP_UNIFORMS)
+    corner, size = crop_box(uniforms, 96, (0.2, 1.0))
+    top, left = corner.T
+    height, width = size.T
+
+    area = height * width / 96**2
+    assert area.min() == pytest.approx(0.2, abs=0.01)
+    assert area.max() == pytest.approx(1.0, abs=0.01)
+    assert abs(area.mean() - 0.6) < 0.01
+
+    aspect = width / height
+    assert 0.74 < aspect.min() < 0.77
+    assert 1.3 < aspect.max() < 1.34
+
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (left + width <= 96 + 1e-3).all()
+    assert (top + height <= 96 + 1e-3).all()
+    assert (height <= 96 + 1e-3).all()
+
+
+def test_labelled_view_turns_about_the_middle():
+    uniforms = make_uniforms(200, LABELLED_VIEW_UNIFORMS, seed=5)
+    uniforms[:, 0] = ALMOST_ONE  # the whole image
+    uniforms[:, 1] = 0.5
+    uniforms[:, 4] = 0.0  # not mirrored
+    uniforms[:, 6] = 0.5  # as bright as it is
+
+    # If red is the row and green the column, a pixel says where it is from.
+    place = torch.arange(48.0)
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    images = torch.stack([y, x, 0 * x]).repeat(200, 1, 1, 1) * 4
+    view = to_unit(LabelledView()(images, uniforms)) * 255 / 4
+    view = view[:, :, 12:36, 12:36]
+
+    angle = (2 * uniforms[:, 5] - 1) * math.radians(15)
+    cos = angle.cos()[:, None, None]
+    sin = angle.sin()[:, None, None]
+    y = y[12:36, 12:36] - 23.5
+    x = x[12:36, 12:36] - 23.5
+    expected_y = y * cos + x * sin + 23.5
+    expected_x = x * cos - y * sin + 23.5
+    torch.testing.assert_close(view[:, 0], expected_y, rtol=0, atol=0.01)
+    torch.testing.assert_close(view[:, 1], expected_x, rtol=0, atol=0.01)
+
+
+def test_labelled_view_changes_the_brightness_and_clips():
+    uniforms = make_uniforms(200, LABELLED_VIEW_UNIFORMS, seed=6)
+    factors = 0.6 + 0.8 * uniforms[:, 6]
+    for value in (100, 220):
+        images = torch.full((200, 3, 36, 36), float(value))
+        view = to_unit(LabelledView()(images, uniforms))
+        expected = (value / 255 * factors).clamp(max=1)
+        expected = expected[:, None, None, None].expand_as(view)
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
+
+
+# ---- Colour --------------------------------------------------------------------------
+def recolour(images, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
+    """The colours of images [2, 3, H, W] in 0 … 255, changed like this; in 0 … 1.
+
+    At strength 1, factors reach from 0.6 to 1.4, and the hue a tenth of a turn.
+    Saturation 0 is the grayscale of some images.
+    """
+    is_gray = saturation == 0
+    uniforms = torch.tensor(
+        [
+            0.5 + (brightness - 1) / 0.8,
+            0.5 + (contrast - 1) / 0.8,
+            0.5 if is_gray else 0.5 + (saturation - 1) / 0.8,
+            0.5 + hue / (2 * math.pi) / 0.2,
+            0.0,  # jittered
+            0.0 if is_gray else 0.99,
+        ]
+    )
+    return to_unit(ColourJitter(1)(images, uniforms.repeat(2, 1)))
+
+
+def gentle_images():
+    """Colours in the middle of the range, where nothing is clipped."""
+    return 80 + 90 * torch.rand(2, 3, 16, 16, generator=make_generator("cpu", 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("brightness", TF.adjust_brightness),
+        ("contrast", TF.adjust_contrast),
+        ("saturation", TF.adjust_saturation),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+def test_jitter_equals_torchvision(name, change, factor):
+    images = gentle_images()
+    changed = recolour(images, **{name: factor})
+    expected = change(images / 255, factor)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=2e-3)
+
+
+def test_jitter_of_several_kinds_equals_torchvision_in_any_order():
+    images = gentle_images()
+    changed = recolour(images, brightness=1.2, contrast=0.8, saturation=1.3)
+
+    one = TF.adjust_brightness(images / 255, 1.2)
+    one = TF.adjust_contrast(one, 0.8)
+    one = TF.adjust_saturation(one, 1.3)
+    torch.testing.assert_close(changed, one, rtol=0, atol=3e-3)
+
+    other = TF.adjust_saturation(images / 255, 1.3)
+    other = TF.adjust_contrast(other, 0.8)
+    other = TF.adjust_brightness(other, 1.2)
+    torch.testing.assert_close(changed, other, rtol=0, atol=3e-3)
+
+
+def test_gray_equals_torchvision():
+    images = gentle_images()
+    gray = recolour(images, saturation=0.0)
+    expected = TF.rgb_to_grayscale(images / 255, 3)
+    torch.testing.assert_close(gray, expected, rtol=0, atol=2e-3)
+
+
+def test_hue_turns_colours_and_keeps_luma_and_saturation():
+    images = gentle_images()
+    angle = 0.5
+    yiq = torch.tensor(YIQ)
+    before = torch.einsum("ij,bjhw->bihw", yiq, images / 255)
+    after = torch.einsum("ij,bjhw->bihw", yiq, recolour(images, hue=angle))
+    torch.testing.assert_close(after[:, 0], before[:, 0], rtol=0, atol=1e-4)
+
+    i = before[:, 1]
+    q = before[:, 2]
+    turned_i = i * math.cos(angle) - q * math.sin(angle)
+    turned_q = i * math.sin(angle) + q * math.cos(angle)
+    expected = torch.stack([turned_i, turned_q], dim=1)
+    torch.testing.assert_close(after[:, 1:], expected, rtol=0, atol=1e-4)
+
+
+def test_hue_is_near_torchvision_s_in_the_colour_plane():
+    """torchvision turns the hue of HSV, which moves the luma too.
+
+    The colour planes turn alike, the other way round.
+    """
+    image = torch.tensor([160.0, 90.0, 90.0]).view(1, 3, 1, 1).repeat(2, 1, 2, 2)
+    before = image / 255
+    ours = recolour(image, hue=-0.05 * 2 * math.pi) - before
+    theirs = TF.adjust_hue(before, 0.05) - before
+
+    axes = torch.tensor(YIQ)[1:]
+    our_change = axes @ ours[0, :, 0, 0]
+    their_change = axes @ theirs[0, :, 0, 0]
+    assert torch.cosine_similarity(our_change, their_change, dim=0) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("colour_jitter", "turn", "factors"),
+    [
+        (ImageView().colour_jitter, 0.05, (0.8, 1.2)),
+        (Jigsaw().colour_jitter, 0.05, (0.8, 1.2)),
+        (ImageView(colour_strength=1).colour_jitter, 0.1, (0.6, 1.4)),
+        (Jigsaw(colour_strength=1).colour_jitter, 0.1, (0.6, 1.4)),
+    ],
+)
+def test_jitter_parameters_are_those_that_are_documented(colour_jitter, turn, factors):
+    uniforms = make_uniforms(20000, COLOUR_UNIFORMS, seed=4)
+    parameters = colour_jitter.parameters_of(uniforms)
+    brightness, contrast, saturation, hue = parameters
+
+    kept = (brightness == 1) & (contrast == 1) & (hue == 0)
+    assert kept.float().mean() == pytest.approx(0.2, abs=0.015)
+    assert (saturation == 0).float().mean() == pytest.approx(0.2, abs=0.015)
+    for factor in (brightness, contrast, saturation[saturation > 0]):
+        assert factor.min() == pytest.approx(factors[0], abs=0.01)
+        assert factor.max() == pytest.approx(factors[1], abs=0.01)
+    assert hue.abs().max() == pytest.approx(turn * 2 * math.pi, abs=0.01)
+
+
+def test_with_strength_0_all_images_keep_their_colours():
+    uniforms = make_uniforms(1000, COLOUR_UNIFORMS, seed=4)
+    parameters = ColourJitter(0).parameters_of(uniforms)
+    brightness, contrast, saturation, hue = parameters
+    assert (torch.stack([brightness, contrast, saturation]) == 1).all()
+    assert (hue == 0).all()
+
+    images = torch.randint(0, 256, (1000, 3, 8, 8)).float()
+    view = to_unit(ColourJitter(0)(images, uniforms))
+    torch.testing.assert_close(view, images / 255, rtol=0, atol=1e-4)

@@ -1,0 +1,172 @@
+"""The networks: trunk, heads, running statistics, and convolutions of small maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import models
+from jigsaw import Jigsaw
+from models import PIRL, SmallMapConv2d, make_trunk
+
+TORCHVISION = {
+    "res18": torchvision.models.resnet18,
+    "res34": torchvision.models.resnet34,
+    "res50": torchvision.models.resnet50,
+}
+
+
+def make_pirl(model_type="res18", non_linear=False):
+    """A network as pretraining builds it."""
+    trunk, dimension = make_trunk(model_type)
+    head_f = models.linear_head(dimension, non_linear)
+    head_g = Jigsaw().make_head(dimension, non_linear)
+    return PIRL(trunk, head_f, head_g)
+
+
+# ---- Trunk and heads -----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("model_type", "dimension"), [("res18", 512), ("res34", 512), ("res50", 2048)]
+)
+@pytest.mark.parametrize("non_linear", [False, True])
+@pytest.mark.full_trunk
+def test_networks(model_type, dimension, non_linear):
+    network = make_pirl(model_type, non_linear).eval()
+
+    features = network.trunk(torch.randn(2, 3, 48, 48))
+    assert features.shape == (2, dimension)
+
+    f, g = network(torch.randn(2, 3, 48, 48), torch.randn(18, 3, 15, 15))
+    assert f.shape == (2, 128)
+    assert g.shape == (2, 128)
+
+    reference = TORCHVISION[model_type]()
+    missing, unexpected = reference.load_state_dict(
+        network.trunk.state_dict(), strict=False
+    )
+    assert missing == ["fc.weight", "fc.bias"]
+    assert unexpected == []
+
+    layers = [m for m in network.head_f.modules() if isinstance(m, nn.Linear)]
+    assert len(layers) == (2 if non_linear else 1)
+
+
+def test_patches_are_concatenated_in_presentation_order():
+    network = make_pirl().eval()
+    patches = torch.randn(18, 3, 15, 15)
+    with torch.no_grad():
+        _, g = network(torch.randn(2, 3, 48, 48), patches)
+
+        # Patches are normalised by the statistics of their batch, in eval mode too.
+        trunk, _ = make_trunk("res18")
+        trunk.load_state_dict(network.trunk.state_dict())
+        features = trunk.train()(patches)
+
+        for image in range(2):
+            vectors = []
+            for place in range(9):
+                vectors.append(network.head_g.patch(features[image * 9 + place]))
+            expected = network.head_g.together(torch.cat(vectors))
+            torch.testing.assert_close(g[image], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_are_those_of_whole_images(training):
+    """A pass over images and patches leaves those that a pass over images leaves."""
+    both = make_pirl().train(training)
+    alone = make_pirl()
+    alone.load_state_dict(both.state_dict())
+    alone.train(training)
+    images = torch.randn(4, 3, 48, 48)
+    patches = 3 + 2 * torch.randn(36, 3, 15, 15)
+
+    with torch.no_grad():
+        both(images, patches)
+        alone.trunk(images)
+
+    expected = alone.trunk.state_dict()
+    found = both.trunk.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+    assert both.trunk.training == training
+    assert both.trunk.bn1.training == training
+    assert both.trunk.bn1.track_running_stats
+
+
+# ---- Convolutions of maps of 1 × 1 and 2 × 2 pixels ----------------------------------
+def output_and_gradients(forward, x, weight):
+    """[output, gradient of the input, gradient of the weight], in a fixed direction."""
+    x = x.detach().clone().requires_grad_()
+    y = forward(x)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(y.shape, generator=generator).to(y.dtype)
+    return [y, *torch.autograd.grad(y, (x, weight), direction)]
+
+
+def by_module_and_by_torch(convolution, x):
+    """The results of the module's own forward, and those of F.conv2d."""
+
+    def conv2d(x):
+        stride = convolution.stride
+        return F.conv2d(x, convolution.weight, None, stride, convolution.padding)
+
+    by_module = output_and_gradients(convolution, x, convolution.weight)
+    by_torch = output_and_gradients(conv2d, x, convolution.weight)
+    return by_module, by_torch
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+def test_equals_conv2d_in_outputs_and_gradients(side, stride, kernel, layout):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 7, kernel, stride, kernel // 2, bias=False)
+    convolution = SmallMapConv2d.adopt(plain).double().to(memory_format=layout)
+    x = torch.randn(3, 5, side, side, dtype=torch.float64)
+    x = x.contiguous(memory_format=layout)
+
+    by_module, by_torch = by_module_and_by_torch(convolution, x)
+
+    for value, expected in zip(by_module, by_torch, strict=True):
+        assert value.shape == expected.shape
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_gradients_are_those_of_float32():
+    """torch 2.11 on CPUs gives arbitrary ones for a stride of 2 on a map of 1 × 1."""
+    torch.manual_seed(0)
+    convolution = SmallMapConv2d.adopt(nn.Conv2d(64, 64, 3, 2, 1, bias=False))
+    x = torch.randn(288, 64, 1, 1)
+
+    (_, *expected), _ = by_module_and_by_torch(convolution, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, *gradients), _ = by_module_and_by_torch(convolution, x)
+
+    for gradient, of_float32 in zip(gradients, expected, strict=True):
+        cosine = torch.cosine_similarity(
+            gradient.flatten().float(), of_float32.flatten(), dim=0
+        )
+        assert cosine > 0.99
+
+
+@pytest.mark.parametrize("model_type", ["res18", "res34", "res50"])
+@pytest.mark.full_trunk
+def test_a_trunk_is_torchvision_s_network(model_type):
+    """The same names, shapes and outputs, at the sizes of images and of patches."""
+    trunk, _ = make_trunk(model_type, zero_init=False)
+    reference = TORCHVISION[model_type]()
+    reference.fc = nn.Identity()
+    reference.load_state_dict(trunk.state_dict())
+    trunk = trunk.double().eval()
+    reference = reference.double().eval()
+
+    assert not isinstance(reference.layer1[0].conv2, SmallMapConv2d)
+    assert isinstance(trunk.layer1[0].conv2, SmallMapConv2d)
+    for side in (96, 48, 30, 15):
+        images = torch.randn(2, 3, side, side, dtype=torch.float64)
+        torch.testing.assert_close(
+            trunk(images), reference(images), rtol=1e-9, atol=1e-9
+        )

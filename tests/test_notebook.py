@@ -1,0 +1,260 @@
+"""The scripts as functions: in a notebook, in a thread, twice in one process."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from records import same_results
+
+import extract_features
+import pictures
+import pirl_stl_train_test
+import progress
+import stl10_data_load
+import train_stl_after_ssl
+from run_helpers import UserError
+
+
+@pytest.fixture
+def arguments(tiny, monkeypatch):
+    """arguments(*more) is what a notebook gives to main(): flags of a tiny run."""
+    # What Jupyter's kernel was started with is not for us.
+    kernel = ["ipykernel_launcher.py", "-f", "/run/user/kernel-1234.json"]
+    monkeypatch.setattr(sys, "argv", kernel)
+
+    def arguments(*more):
+        return [str(part) for part in (*tiny, *more)]
+
+    return arguments
+
+
+def in_a_thread(function, *arguments):
+    """What the function raises in a thread other than the main one, or None."""
+    errors = []
+
+    def work():
+        try:
+            function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return errors[0] if errors else None
+
+
+def handlers():
+    return [signal.getsignal(number) for number in progress.SIGNALS]
+
+
+# ---- Arguments -----------------------------------------------------------------------
+def test_every_script_takes_its_arguments_from_the_caller(
+    arguments, raw_dir, tmp_path, capsys
+):
+    """And prints what it would print on a terminal."""
+    data = str(tmp_path / "data")
+    stl10_data_load.main(["--raw-dir", str(raw_dir), "--data-dir", data])
+    run = ("--data-dir", data, "--experiment-name")
+    pirl_stl_train_test.main(arguments(*run, "p"))
+    train_stl_after_ssl.main(arguments(*run, "l", "--pirl-model-name", "p"))
+
+    model = str(tmp_path / "weights/l.pt")
+    out = str(tmp_path / "f.npz")
+    images = f"{data}/test"
+    extract_features.main(["--model", model, "--images", images, "--out", out])
+    picture = str(tmp_path / "jigsaw.png")
+    pictures.main(["--data-dir", data, "--out", picture, "--images", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("wrote ")]) == 5
+
+    # The command beside the table is what it was called with.
+    results = (tmp_path / "observations/l_results.md").read_text()
+    assert "python train_stl_after_ssl.py --data-dir" in results
+    assert "ipykernel" not in results
+
+
+def test_errors_are_raised_to_the_caller(arguments, tmp_path):
+    """A notebook shows them; the kernel goes on."""
+    nowhere = arguments("--data-dir", tmp_path / "nowhere")
+    for script in (pirl_stl_train_test, train_stl_after_ssl):
+        with pytest.raises(UserError, match="nowhere"):
+            script.main(nowhere)
+
+
+# ---- Threads -------------------------------------------------------------------------
+@pytest.mark.parametrize("script", [pirl_stl_train_test, train_stl_after_ssl])
+def test_in_a_thread_no_handler_is_installed(arguments, tmp_path, monkeypatch, script):
+    """Python allows that in the main thread alone."""
+    before = handlers()
+    seen = []
+    begin_epoch = progress.LoopControl.begin_epoch
+
+    def noting_begin(loop):
+        seen.append(loop.handlers_before == {} and handlers() == before)
+        begin_epoch(loop)
+
+    monkeypatch.setattr(progress.LoopControl, "begin_epoch", noting_begin)
+    flags = ["--experiment-name", "exp"]
+    if script is train_stl_after_ssl:
+        flags.append("--full-fine-tune")
+    assert in_a_thread(script.main, arguments(*flags)) is None
+    assert seen == [True, True], "in both epochs"
+    assert handlers() == before
+    assert (tmp_path / "weights/exp.pt").exists()
+
+
+def test_in_the_main_thread_the_handlers_are_put_back(arguments, monkeypatch):
+    """A notebook's own handler of Ctrl-C is there again after a run, or an error."""
+    before = handlers()
+    pirl_stl_train_test.main(arguments("--experiment-name", "exp"))
+    assert handlers() == before
+
+    def fail(*arguments):
+        assert handlers() != before
+        raise ValueError("in the middle")
+
+    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        pirl_stl_train_test.main(arguments("--experiment-name", "other"))
+    assert handlers() == before
+
+
+# ---- Twice in one process ------------------------------------------------------------
+def break_off(monkeypatch, which):
+    """The step number `which` fails, once."""
+    train_step = pirl_stl_train_test.Pretraining.train_step
+    steps = []
+
+    def failing(*arguments):
+        steps.append(1)
+        if len(steps) == which:
+            raise ValueError("a cell's error")
+        return train_step(*arguments)
+
+    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", failing)
+
+
+def test_a_run_again_after_an_error(arguments, tmp_path, monkeypatch):
+    """A notebook keeps the traceback, and with it all that the failed run held."""
+    pirl_stl_train_test.main(arguments("--experiment-name", "whole"))
+    break_off(monkeypatch, which=3)
+    flags = arguments("--experiment-name", "exp", "--checkpoint-minutes", 0)
+    with pytest.raises(ValueError, match="a cell's error") as kept:
+        pirl_stl_train_test.main(flags)
+
+    pirl_stl_train_test.main([*flags, "--resume"])
+    assert kept.traceback
+    assert same_results(tmp_path, "whole", "exp")
+
+
+def test_a_run_again_after_an_error_in_a_thread(arguments, tmp_path, monkeypatch):
+    """What the thread's run held is not in the way of the main thread's."""
+    break_off(monkeypatch, which=3)
+    flags = arguments("--experiment-name", "exp", "--checkpoint-minutes", 0)
+    kept = in_a_thread(pirl_stl_train_test.main, flags)
+    assert str(kept) == "a cell's error"
+    pirl_stl_train_test.main([*flags, "--resume"])
+    assert (tmp_path / "weights/exp.pt").exists()
+
+
+@pytest.mark.parametrize("script", [pirl_stl_train_test, train_stl_after_ssl])
+def test_a_corrected_flag_needs_no_other_name(arguments, tmp_path, script):
+    """What is refused before training leaves no trace under the name."""
+    name = ("--experiment-name", "exp")
+    with pytest.raises(UserError) as kept:
+        script.main(arguments(*name, "--batch-size", 1000))
+    script.main(arguments(*name))
+    assert "--batch-size 1000" in str(kept.value)
+    assert (tmp_path / "weights/exp.pt").exists()
+
+
+def test_a_signal_ends_the_run_and_not_the_notebook(arguments, tmp_path, monkeypatch):
+    """Jupyter's button to interrupt is a SIGINT; the next cell may resume."""
+    pirl_stl_train_test.main(arguments("--experiment-name", "whole"))
+    flags = arguments("--experiment-name", "exp")
+
+    with monkeypatch.context() as patch:
+        begin_epoch = progress.LoopControl.begin_epoch
+
+        def interrupt(loop):
+            os.kill(os.getpid(), signal.SIGINT)
+            begin_epoch(loop)
+
+        patch.setattr(progress.LoopControl, "begin_epoch", interrupt)
+        with pytest.raises(SystemExit) as end:
+            pirl_stl_train_test.main(flags)
+    assert end.value.code == 130
+
+    pirl_stl_train_test.main([*flags, "--resume"])
+    assert same_results(tmp_path, "whole", "exp")
+
+
+# ---- A notebook ----------------------------------------------------------------------
+# The first cell gives the kernel conftest.py's thin trunk.
+CELLS = [
+    """
+    import sys
+    sys.path[:0] = [ROOT, ROOT + "/tests"]
+    import models
+    from conftest import ThinResNet18
+    models.TRUNKS["res18"] = ThinResNet18
+    """,
+    """
+    import pirl_stl_train_test
+    pirl_stl_train_test.main(FLAGS + ["--experiment-name", "p", "--batch-size", "99"])
+    """,
+    """
+    pirl_stl_train_test.main(FLAGS + ["--experiment-name", "p"])
+    """,
+    """
+    import train_stl_after_ssl
+    flags = FLAGS + ["--experiment-name", "l", "--pirl-model-name", "p"]
+    train_stl_after_ssl.main(flags)
+    """,
+]
+
+
+def texts(cell, name):
+    """What a cell has written to stdout or stderr."""
+    outputs = [output for output in cell.outputs if output.output_type == "stream"]
+    return "".join(output.text for output in outputs if output.name == name)
+
+
+@pytest.mark.slow
+def test_a_notebook(arguments, tmp_path):
+    """Headless; the second cell's error does not disturb the third."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+
+    notebook = nbformat.v4.new_notebook()
+    constants = f"ROOT = {str(ROOT)!r}\nFLAGS = {arguments()!r}\n"
+    for cell in CELLS:
+        lines = [line.strip() for line in cell.strip().splitlines()]
+        notebook.cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(constants))
+    nbclient.NotebookClient(
+        notebook,
+        timeout=120,
+        allow_errors=True,
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+
+    _, _, refused, pretraining, fine_tuning = notebook.cells
+    [error] = [o for o in refused.outputs if o.output_type == "error"]
+    assert error.ename == "UserError"
+    assert "--batch-size 99 is more than the 70 training images" in error.evalue
+    for cell in (pretraining, fine_tuning):
+        assert not [o for o in cell.outputs if o.output_type == "error"]
+        assert texts(cell, "stderr") == ""
+    assert "epoch 2/2: loss" in texts(pretraining, "stdout")
+    assert "using trunk of" in texts(fine_tuning, "stdout")
+    assert "Only softmax layer is fine tuned | " in texts(fine_tuning, "stdout")
+    model = torch.load(Path(tmp_path / "weights/l.pt"), weights_only=True)
+    assert "softmax" in model["results"]

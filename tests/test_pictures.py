@@ -1,0 +1,422 @@
+"""The pictures show what they say."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+import pictures
+from augmentations import crop_box, normalize
+from jigsaw import CELLS, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
+from rotation import JigsawRotation, Rotation
+from run_helpers import make_generator
+
+
+def plain_images(*values, side=96):
+    """One image of each gray value, uint8 [N, 3, side, side]."""
+    images = [torch.full((3, side, side), value) for value in values]
+    return torch.stack(images).to(torch.uint8)
+
+
+def record_texts(monkeypatch):
+    """A list that gets every text that is drawn."""
+    texts = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def recorded(draw, place, text, *rest, **options):
+        texts.append(text)
+        draw_text(draw, place, text, *rest, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    return texts
+
+
+# ---- Nearest neighbours --------------------------------------------------------------
+def test_neighbours_have_the_frames_and_names_of_their_classes():
+    images = plain_images(10, 200)
+    found = images[[0, 1, 1, 0]].view(2, 2, 3, 96, 96)
+    labels = torch.tensor([0, 1])
+    found_labels = torch.tensor([[0, 1], [1, 0]])
+    picture = pictures.neighbour_picture(
+        images, labels, found, found_labels, ["ant", "bee"]
+    )
+
+    side = pictures.TILE + 3 * pictures.FRAME
+    assert picture.size == (3 * side, 2 * side)
+    white = (255, 255, 255)
+    expected = [  # row, column, gray value, frame
+        (0, 0, 10, white),
+        (0, 1, 10, pictures.GREEN),
+        (0, 2, 200, pictures.RED),
+        (1, 0, 200, white),
+        (1, 1, 200, pictures.GREEN),
+        (1, 2, 10, pictures.RED),
+    ]
+    for row, column, value, frame in expected:
+        left = column * side
+        top = row * side
+        cell = picture.crop((left, top, left + side, top + side))
+        assert max(abs(shade - value) for shade in cell.getpixel((30, 30))) <= 1
+        framed = pictures.TILE + 2 * pictures.FRAME
+        assert cell.getpixel((0, 0)) == frame
+        assert cell.getpixel((framed - 1, framed - 1)) == frame
+        assert cell.getpixel((framed, framed)) == white, "a gap"
+        name = np.asarray(cell)[50:68, 6:30]
+        assert name.min(-1).max() > value + 40, "a name"
+
+
+def test_neighbours_of_one_image(monkeypatch):
+    texts = record_texts(monkeypatch)
+    images = plain_images(10)
+    label = torch.tensor([0])
+    picture = pictures.neighbour_picture(
+        images, label, images[None], label[None], ["ant"]
+    )
+    side = pictures.TILE + 3 * pictures.FRAME
+    assert picture.size == (2 * side, side)
+    assert texts == ["ant", "ant"]
+
+
+# ---- The confusion matrix ------------------------------------------------------------
+def cell_colour(picture, row, column):
+    """Near the corner of a cell, where no number stands."""
+    x = pictures.LEFT + 46 * column + 2
+    y = pictures.TOP + 46 * row + 2
+    return picture.getpixel((x, y))
+
+
+def test_confusion_has_the_true_class_in_rows(monkeypatch):
+    texts = record_texts(monkeypatch)
+    labels = torch.tensor([0, 0, 1, 1])
+    predictions = torch.tensor([0, 1, 1, 1])
+    picture = pictures.confusion_picture(labels, predictions, ["a", "b"])
+    shades = [cell_colour(picture, i, j) for i in range(2) for j in range(2)]
+    assert shades[3] == pictures.BLUE, "all of class b"
+    assert shades[2] == (255, 255, 255), "none of class b as a"
+    assert len(set(shades)) == 4
+
+    half_blue = [(255 + shade) / 2 for shade in pictures.BLUE]
+    half_red = [(255 + shade) / 2 for shade in pictures.RED]
+    assert np.abs(np.subtract(shades[0], half_blue)).max() <= 1
+    assert np.abs(np.subtract(shades[1], half_red)).max() <= 1
+    assert sorted(texts[1:]) == sorted(["a", "b"] * 2 + ["50", "50", "0", "100"])
+
+
+def test_a_class_without_images_is_an_empty_row():
+    labels = torch.tensor([0, 0])
+    picture = pictures.confusion_picture(labels, labels, ["a", "b"])
+    assert cell_colour(picture, 0, 0) == pictures.BLUE
+    assert cell_colour(picture, 1, 0) == (255, 255, 255)
+    assert cell_colour(picture, 1, 1) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("count", [2, 10, 20, 21, 60, 300])
+def test_few_and_many_classes(count, monkeypatch):
+    texts = record_texts(monkeypatch)
+    names = [f"kind {i}" for i in range(count)]
+    labels = torch.arange(count)
+    picture = pictures.confusion_picture(labels, labels, names)
+    width, height = picture.size
+    assert 100 < height < 1400
+    assert 400 < width < 1500
+    few = count <= 20
+    assert texts.count("100") == (count if few else 0), "numbers"
+    assert sum("kind" in text for text in texts) >= (count if few else 0), "names"
+
+    # The diagonal ends in the lower right corner of the matrix, which is a square.
+    side = height - pictures.TOP - pictures.MARGIN
+    corner = (pictures.LEFT + side - 1, pictures.TOP + side - 1)
+    assert picture.getpixel(corner) == pictures.BLUE
+
+
+def test_names_that_cannot_be_drawn_become_numbers(monkeypatch):
+    texts = record_texts(monkeypatch)
+    names = ["cat", "Löwe", "中国", "dog 2", "a\nb", "", "\udce9"]
+    labels = torch.arange(len(names))
+    pictures.confusion_picture(labels, labels, names)
+    shown = {text for text in texts if text not in ("0", "100")}
+    assert shown - {texts[0]} == {"cat", "2", "3", "dog 2", "5", "6", "7"}
+
+    texts.clear()
+    images = plain_images(10, 20)
+    labels = torch.tensor([0, 1])
+    pictures.neighbour_picture(
+        images, labels, images[:, None], labels[:, None], ["cat", "Löwe"]
+    )
+    assert texts == ["cat", "cat", "2", "2"]
+
+
+def test_long_names_keep_their_beginning(monkeypatch):
+    texts = record_texts(monkeypatch)
+    name = "West Highland white terrier, and more"
+    labels = torch.tensor([0, 1])
+    picture = pictures.confusion_picture(labels, labels, [name, "i" * 30])
+    shortened = [text for text in texts if text.endswith("…")]
+    assert len(shortened) == 3
+    assert all(name.startswith(text[:-1]) for text in shortened if text[0] == "W")
+    assert "i" * 30 in texts, "narrow letters have room"
+
+    left_of_the_names = picture.crop((0, pictures.TOP, 7, picture.height))
+    assert left_of_the_names.getextrema() == ((255, 255),) * 3, "nothing is cut off"
+
+
+@pytest.mark.parametrize("width", [0, 10, 50, 200])
+def test_shortened_names_fit(width):
+    font = ImageFont.load_default(13)
+    for name in ("cat", "W" * 40, "i" * 40, "a name"):
+        text = pictures.shorten(name, font, width)
+        assert text == "…" or font.getlength(text) <= width
+        if text != name:
+            assert name.startswith(text.removesuffix("…"))
+
+
+def test_confusion_table(tmp_path):
+    names = ["cat", "Löwe, weiß", "中国"]
+    labels = torch.tensor([0, 0, 0, 1, 2, 2])
+    predictions = torch.tensor([0, 0, 1, 1, 0, 2])
+    path = tmp_path / "confusion.csv"
+    pictures.write_confusion_csv(path, labels, predictions, names)
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["true class", *names]
+    assert rows == [
+        ["cat", "2", "1", "0"],
+        ["Löwe, weiß", "0", "1", "0"],
+        ["中国", "1", "0", "1"],
+    ]
+
+
+# ---- What the network sees in pretraining --------------------------------------------
+class Mirror(nn.Module):
+    """A pretext task with one input per image."""
+
+    inputs_per_image = 1
+    uniforms = 5
+
+    def forward(self, images, uniforms):
+        assert uniforms.shape == (len(images), 5)
+        return normalize(images.flip(3))
+
+
+def as_tensor(picture):
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+
+
+def cell_of(picture, row, column, side=96):
+    """A cell of the picture, at the size of the images: uint8 [3, side, side]."""
+    top = 8 + row * (2 * side + 8)
+    left = 8 + column * (2 * side + 8)
+    enlarged = as_tensor(picture)[:, top : top + 2 * side, left : left + 2 * side]
+    return enlarged[:, ::2, ::2]
+
+
+def noise(count, side=96):
+    generator = make_generator("cpu", 1)
+    small = torch.rand(count, 3, 12, 12, generator=generator) * 255
+    return nn.functional.interpolate(small, side)
+
+
+@pytest.mark.parametrize("side", [96, 64])
+def test_jigsaw_picture(side):
+    images = noise(3, side)
+    pretext = Jigsaw(colour_strength=0.0)
+    generator = make_generator("cpu", 2)
+    uniforms = torch.rand(3, pretext.uniforms, generator=generator)
+    picture = pictures.pretext_picture(images, pretext, uniforms)
+
+    step = 2 * side + 8
+    assert picture.size == (6 * step + 8, 2 * step + 8), "two images in a row"
+    for i in range(3):
+        row, column = divmod(3 * i, 6)
+        shown = cell_of(picture, row, column, side)
+        assert (shown - images[i]).abs().max() <= 1, "the image"
+
+        crop = cell_of(picture, row, column + 1, side)
+        cell, patch = patch_sizes(side)
+        for line in (cell, 2 * cell):
+            assert (crop[:, line - 1 : line + 1] == 255).all(), "the grid"
+            assert (crop[:, :, line - 1 : line + 1] == 255).all(), "the grid"
+        assert (crop == 255).all(0).float().mean() < 0.2
+
+        mosaic = cell_of(picture, row, column + 2, side)
+        assert (mosaic == 255).all(0)[:, :2].all(), "the border of the patches"
+        share = 9 * patch**2 / side**2
+        drawn = 1 - (mosaic == 255).all(0).float().mean()
+        assert abs(drawn - share) < 0.15
+
+
+def test_jigsaw_picture_shows_the_patches_in_their_order():
+    """Patches of the whole image in plain gray values: each cell shows its own."""
+    images = torch.arange(9).view(1, 1, 3, 3).float() * 25 + 20
+    images = images.repeat_interleave(32, 2).repeat_interleave(32, 3)
+    images = images.repeat(1, 3, 1, 1)
+    pretext = Jigsaw(colour_strength=0.0)
+    uniforms = torch.rand(1, pretext.uniforms, generator=make_generator("cpu", 3))
+    uniforms[:, 0] = 1 - 2**-24  # the crop is the whole image
+    uniforms[:, 1] = 0.5
+
+    picture = pictures.pretext_picture(images, pretext, uniforms)
+    mosaic = cell_of(picture, 0, 2)
+    presented = uniforms[0, -CELLS:].argsort()
+    for place, cell in enumerate(presented.tolist()):
+        y = place // 3 * 32 + 16
+        x = place % 3 * 32 + 16
+        assert abs(int(mosaic[0, y, x]) - (cell * 25 + 20)) <= 1
+
+
+def test_a_pretext_task_with_one_input_per_image():
+    images = noise(3)
+    picture = pictures.pretext_picture(images, Mirror(), torch.rand(3, 5))
+    assert picture.size == (4 * 200 + 8, 2 * 200 + 8)
+    for i in range(3):
+        row, column = divmod(2 * i, 4)
+        assert (cell_of(picture, row, column) - images[i]).abs().max() <= 1
+        mirrored = cell_of(picture, row, column + 1)
+        assert (mirrored - images[i].flip(2)).abs().max() <= 1
+
+
+def test_the_script(data_dir, tmp_path, capsys):
+    def draw(name, *flags):
+        out = tmp_path / name
+        pictures.main(["--data-dir", str(data_dir), "--out", str(out), *flags])
+        assert capsys.readouterr().out.startswith(f"wrote {out}: ")
+        with Image.open(out) as picture:
+            assert picture.format == "PNG"
+            return np.asarray(picture.convert("RGB"))
+
+    first = draw("a.png")
+    assert first.shape == (2 * 200 + 8, 6 * 200 + 8, 3)
+    assert (draw("b.png", "--seed", "0") == first).all()
+    assert (draw("c.png", "--seed", "1") != first).any()
+    assert draw("d.png", "--images", "1").shape == (208, 3 * 200 + 8, 3)
+
+
+def test_saved_pictures_are_small_and_whole(tmp_path):
+    picture = Image.new("RGB", (400, 300), "white")
+    ImageDraw.Draw(picture).rectangle((10, 10, 50, 50), pictures.BLUE)
+    path = tmp_path / "folder/picture.png"
+    pictures.save_picture(picture, path)
+    assert path.stat().st_size < 2000
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    with Image.open(path) as saved:
+        assert (np.asarray(saved.convert("RGB")) == np.asarray(picture)).all()
+
+
+# ---- The other pretext tasks ---------------------------------------------------------
+def of_whole_image(crop_uniforms):
+    """Make these random numbers [B, 4] those of a crop that is the whole image."""
+    crop_uniforms[:, 0] = 1 - 2**-24
+    crop_uniforms[:, 1] = 0.5
+
+
+def test_the_crop_with_the_grid_is_the_one_that_is_cut():
+    """If red is the row and green the column, a pixel says where it is from."""
+    side = 96
+    place = torch.arange(side).float()
+    red = place[:, None].expand(side, side)
+    images = torch.stack([red, red.T, red]).expand(5, 3, side, side)
+    uniforms = torch.rand(5, Jigsaw.uniforms, generator=make_generator("cpu", 4))
+    crops = pictures.crops_with_grid(images, uniforms) * 255
+
+    corner, size = crop_box(uniforms[:, :4], side, PRETEXT_CROP_AREA)
+    between_lines = slice(2, 30)
+    for crop, (top, left), (height, width) in zip(crops, corner, size, strict=True):
+        rows = top + (place + 0.5) * height / side - 0.5
+        columns = left + (place + 0.5) * width / side - 0.5
+        shown_rows = crop[0, between_lines, 5]
+        shown_columns = crop[1, 5, between_lines]
+        torch.testing.assert_close(shown_rows, rows[between_lines], rtol=0, atol=0.02)
+        torch.testing.assert_close(
+            shown_columns, columns[between_lines], rtol=0, atol=0.02
+        )
+
+
+def test_rotation_picture():
+    """The image, and beside it the image turned."""
+    images = noise(4)
+    uniforms = torch.rand(4, Rotation.uniforms, generator=make_generator("cpu", 2))
+    of_whole_image(uniforms[:, :4])
+    uniforms[:, -1] = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    picture = pictures.pretext_picture(images, Rotation(colour_strength=0.0), uniforms)
+
+    assert picture.size == (4 * 200 + 8, 2 * 200 + 8)
+    for i in range(4):
+        row, column = divmod(2 * i, 4)
+        assert (cell_of(picture, row, column) - images[i]).abs().max() <= 1
+        turned = images[i].rot90(i, (1, 2))
+        assert (cell_of(picture, row, column + 1) - turned).abs().max() <= 1
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_picture_of_jigsaw_with_rotation(turns):
+    """The image, the turned crop with its grid, the patches in their order.
+
+    The crop is the whole image, of nine plain cells.
+    """
+    values = torch.arange(9).view(3, 3) * 25 + 20
+    image = values.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    images = image.expand(1, 3, 96, 96).float()
+    pretext = JigsawRotation(colour_strength=0.0)
+    uniforms = torch.rand(1, pretext.uniforms, generator=make_generator("cpu", 3))
+    uniforms[:, 0] = (turns + 0.5) / 4
+    of_whole_image(uniforms[:, 1:5])
+    picture = pictures.pretext_picture(images, pretext, uniforms)
+
+    assert picture.size == (3 * 200 + 8, 200 + 8)
+    assert (cell_of(picture, 0, 0) - images[0]).abs().max() <= 1
+
+    expected = images[0].rot90(turns, (1, 2)).clone()
+    for line in (32, 64):
+        expected[:, line - 1 : line + 1] = 255
+        expected[:, :, line - 1 : line + 1] = 255
+    assert (cell_of(picture, 0, 1) - expected).abs().max() <= 1
+
+    turned = values.rot90(turns).flatten().tolist()
+    presented = uniforms[0, -CELLS:].argsort().tolist()
+    mosaic = cell_of(picture, 0, 2)
+    for place in range(CELLS):
+        y = place // 3 * 32 + 16
+        x = place % 3 * 32 + 16
+        assert abs(int(mosaic[0, y, x]) - turned[presented[place]]) <= 1
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 9])
+def test_several_inputs_are_a_square_row_by_row(count):
+    values = torch.arange(2 * count) / 20
+    inputs = values[:, None, None, None].expand(2 * count, 3, 10, 10)
+    squares = pictures.mosaics(inputs, count, gap=2)
+
+    columns = {2: 2, 4: 2, 5: 3, 9: 3}[count]
+    side = columns * 12 + 2
+    assert squares.shape == (2, 3, side, side)
+    for image in range(2):
+        for place in range(columns**2):
+            top = 2 + place // columns * 12
+            left = 2 + place % columns * 12
+            shown = squares[image, :, top : top + 10, left : left + 10]
+            value = values[image * count + place] if place < count else 1
+            assert (shown == value).all()
+            assert (squares[image, :, top - 2 : top] == 1).all(), "a gap"
+
+
+def test_the_script_draws_every_task(data_dir, tmp_path, monkeypatch, capsys):
+    """Without --out, in a file of the task's name."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    for task in ("jigsaw", "rotation", "jigsaw-rotation"):
+        pictures.main(["--data-dir", str(data_dir), "--pretext", task])
+        assert capsys.readouterr().out.startswith(f"wrote {task}.png: ")
+        with Image.open(f"{task}.png") as picture:
+            seen[task] = np.asarray(picture.convert("RGB"))
+
+    assert seen["jigsaw"].shape == (408, 1208, 3)
+    assert seen["rotation"].shape == (408, 808, 3)
+    assert seen["jigsaw-rotation"].shape == (408, 1208, 3)
+    assert (seen["jigsaw"] != seen["jigsaw-rotation"]).any()
+
+    pictures.main(["--data-dir", str(data_dir), "--out", "default.png"])
+    with Image.open("default.png") as picture:
+        assert (np.asarray(picture.convert("RGB")) == seen["jigsaw"]).all()

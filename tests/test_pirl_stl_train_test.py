@@ -1,0 +1,756 @@
+"""Pretraining as a user sees it: files, seeds, resume, warm start, flags, learning."""
+
+import builtins
+import colorsys
+import re
+import shutil
+import signal
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import COUNTS, make_trainer
+from PIL import Image
+from records import (
+    TRAINED,
+    checkpoint,
+    epochs_of,
+    interrupted,
+    parts_of,
+    same,
+    same_results,
+    signal_in_step,
+    table,
+    weights,
+)
+
+import dataset_helpers
+import pirl_stl_train_test
+import run_helpers
+from augmentations import normalize
+from evaluation import knn_accuracy
+
+CPU = torch.device("cpu")
+WARM_START = ("--warm-start", "--cont-epoch", 2)
+
+
+@pytest.fixture
+def pretrain(call, tiny):
+    """pretrain(name, *flags) is a tiny run under this name."""
+
+    def pretrain(name, *flags):
+        return call("pirl_stl_train_test", *tiny, "--experiment-name", name, *flags)
+
+    return pretrain
+
+
+@pytest.fixture
+def own_data(data_dir, tmp_path):
+    """A copy of the images that a test may change. Its flag: --data-dir own_data."""
+    return shutil.copytree(data_dir, tmp_path / "own")
+
+
+def rates_of(content):
+    """The learning rates of the epochs of a finished model."""
+    return [metrics["learning_rate"] for metrics in content["history"]]
+
+
+# ---- Files and seeds -----------------------------------------------------------------
+@pytest.mark.full_trunk
+def test_run_writes_what_the_readme_says(pretrain, tmp_path):
+    outcome = pretrain("exp")
+    assert outcome.status == 0, outcome.err
+    assert "70 training images" in outcome.out
+    assert "69 negatives (all other training images" in outcome.out
+    assert outcome.err == ""
+
+    content = weights(tmp_path, "exp")
+    resnet = torchvision.models.resnet18()
+    missing, unexpected = resnet.load_state_dict(content["trunk"], strict=False)
+    assert missing == ["fc.weight", "fc.bias"]
+    assert unexpected == []
+    assert content["settings"]["batch_size"] == 16
+
+    lines = table(tmp_path, "exp")
+    assert epochs_of(lines) == ["1", "2"]
+    columns = {"train_loss", "val_loss", "train_acc", "val_acc", "learning_rate"}
+    assert columns <= set(lines[0])
+    assert all(float(line["val_loss"]) > 0 for line in lines)
+
+    left = {file.name for file in (tmp_path / "weights").iterdir()}
+    assert left == {"exp.pt", "exp.ckpt", ".exp.run.lock"}
+
+
+def test_same_seed_same_weights(pretrain, tmp_path):
+    assert pretrain("a", "--seed", 3).status == 0
+    assert pretrain("b", "--seed", 3).status == 0
+    assert pretrain("c", "--seed", 4).status == 0
+
+    assert same_results(tmp_path, "a", "b")
+    a = parts_of(weights(tmp_path, "a"))
+    c = parts_of(weights(tmp_path, "c"))
+    assert not same(a, c)
+
+
+def test_each_image_is_visited_once_per_epoch_in_another_order(pretrain, monkeypatch):
+    visited = []
+    train_step = pirl_stl_train_test.Pretraining.train_step
+
+    def note_index(trainer, index, *rest):
+        visited.append(index)
+        return train_step(trainer, index, *rest)
+
+    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", note_index)
+    assert pretrain("exp").status == 0
+
+    first = torch.cat(visited[:5])
+    second = torch.cat(visited[5:])
+    assert first.sort().values.equal(torch.arange(70))
+    assert second.sort().values.equal(torch.arange(70))
+    assert not first.equal(second)
+
+
+def test_at_most_so_many_images_validate(tiny, monkeypatch):
+    monkeypatch.setattr(dataset_helpers, "VALIDATION_IMAGES", 7)
+    trainer = make_trainer(tiny)
+    on_all_images = make_trainer([*tiny, "--only-train"])
+
+    assert trainer.train_count == 70
+    assert len(trainer.images) == 77
+    assert on_all_images.train_count == 100
+    assert len(on_all_images.images) == 100
+    for images in (trainer.images, on_all_images.images):
+        different = {image.numpy().tobytes() for image in images}
+        assert len(different) == len(images), "each of them once"
+
+
+def test_too_few_images(pretrain, own_data):
+    files = list((own_data / "unlabelled").iterdir())
+    flags = ("--data-dir", own_data, "--only-train")
+    for file in files[3:]:
+        file.unlink()
+    assert pretrain("three", *flags, "--batch-size", 3).status == 0
+
+    files[0].unlink()
+    for size in (1, 2):
+        outcome = pretrain("two", *flags, "--batch-size", size)
+        assert outcome.is_one_line_error("2 training images")
+
+
+# ---- Resume --------------------------------------------------------------------------
+def test_resume_is_exact_from_any_step(pretrain, tmp_path, monkeypatch):
+    """5 steps per epoch: stopped in one, at the end of its training, in the next."""
+    assert pretrain("whole").status == 0
+
+    term = signal.SIGTERM
+    for number, step in ((term, 1), (signal.SIGINT, 4), (term, 5), (term, 7)):
+        name = f"halves_{step}"
+        with monkeypatch.context() as patch:
+            signal_in_step(patch, number, step)
+            outcome = pretrain(name)
+        assert outcome.status == 128 + number
+        assert "--resume True" in outcome.out
+        training = checkpoint(tmp_path, name)["training"]
+        assert (training["epoch"] - 1) * 5 + training["step"] == step
+
+        outcome = pretrain(name, "--resume")
+        assert outcome.status == 0, outcome.err
+        assert same_results(tmp_path, "whole", name), step
+        whole_run = parts_of(checkpoint(tmp_path, "whole"), TRAINED)
+        halves = parts_of(checkpoint(tmp_path, name), TRAINED)
+        assert same(whole_run, halves)
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(pretrain, tmp_path):
+    assert pretrain("hurt").status == 0
+    file = tmp_path / "weights/hurt.ckpt"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+
+    cut_off = whole[:-1000]
+    zeros_inside = whole[:middle] + bytes(64) + whole[middle + 64 :]
+    for damaged in (cut_off, zeros_inside, b""):
+        file.write_bytes(damaged)
+        outcome = pretrain("hurt", "--resume")
+        assert outcome.is_one_line_error("hurt.ckpt", "another copy")
+        assert file.read_bytes() == damaged
+
+    file.write_bytes(whole)
+    assert pretrain("hurt", "--resume").status == 0
+
+
+def test_a_finished_run_resumed_changes_nothing(pretrain, tmp_path):
+    assert pretrain("exp").status == 0
+    parts_before = parts_of(weights(tmp_path, "exp"))
+    table_before = table(tmp_path, "exp")
+
+    assert pretrain("exp", "--resume").status == 0
+    assert same(parts_before, parts_of(weights(tmp_path, "exp")))
+    assert table_before == table(tmp_path, "exp")
+
+
+def test_resume_without_a_checkpoint_begins_and_says_so(pretrain):
+    outcome = pretrain("new", "--resume")
+    assert outcome.status == 0
+    assert "from the beginning" in outcome.out
+
+
+def test_without_a_checkpoint_resume_overwrites_nothing(pretrain, tmp_path):
+    assert pretrain("exp").status == 0
+    for file in (tmp_path / "weights").glob("exp*.ckpt"):
+        file.unlink()
+    before = (tmp_path / "weights/exp.pt").read_bytes()
+
+    assert pretrain("exp", "--resume").is_one_line_error("exp.pt")
+    assert (tmp_path / "weights/exp.pt").read_bytes() == before
+
+
+def test_resume_with_other_settings_lists_them(pretrain, tmp_path):
+    assert pretrain("exp").status == 0
+    before = (tmp_path / "weights/exp.ckpt").read_bytes()
+
+    changed = ("--batch-size", 8, "--seed", 5, "--loss", "nce")
+    outcome = pretrain("exp", *changed, "--resume")
+    assert outcome.is_one_line_error(
+        "--batch-size was 16, is 8",
+        "--seed was 0, is 5",
+        "--loss was modified-nce, is nce",
+    )
+    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
+
+
+def test_a_flag_that_is_left_out_keeps_its_value(pretrain, tmp_path, monkeypatch):
+    flags = ("--lr", 0.1, "--non-linear-head", "--count-negatives", 20, "--beta", 0.9)
+    assert pretrain("whole", *flags).status == 0
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 3)
+        assert pretrain("halves", *flags).status == 143
+
+    outcome = pretrain("halves", "--resume")
+    assert outcome.status == 0, outcome.err
+    assert same_results(tmp_path, "whole", "halves")
+    settings = weights(tmp_path, "halves")["settings"]
+    assert settings["lr"] == 0.1
+    assert settings["non_linear_head"] is True
+    assert settings["count_negatives"] == 20
+
+
+def test_a_given_default_that_differs_is_refused(pretrain):
+    """0.2 is the default of --lr, and False that of --only-train: given, they count."""
+    assert pretrain("exp", "--lr", 0.1, "--only-train").status == 0
+
+    outcome = pretrain("exp", "--lr", 0.2, "--resume")
+    assert outcome.is_one_line_error("--lr was 0.1, is 0.2")
+    outcome = pretrain("exp", "--only-train", "False", "--resume")
+    assert outcome.is_one_line_error("--only-train was True, is False")
+    outcome = pretrain("exp", "--lr", 0.1, "--only-train", "--resume")
+    assert outcome.status == 0, outcome.err
+
+
+def test_what_a_resumed_run_may_change_is_a_note(pretrain, tmp_path):
+    assert pretrain("exp").status == 0
+
+    changed = ("--knn-every", 1, "--checkpoint-minutes", 3)
+    outcome = pretrain("exp", *changed, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: --knn-every was 5, is 1" in outcome.out
+    assert "note: --checkpoint-minutes was 10.0, is 3.0" in outcome.out
+    assert weights(tmp_path, "exp")["settings"]["knn_every"] == 1
+
+
+def test_messages_name_no_flag_that_was_not_given(pretrain):
+    """A changed --epochs does not bring --tmax-for-cos-decay into a message."""
+    assert pretrain("exp").status == 0
+
+    outcome = pretrain("exp", "--epochs", 3, "--only-train", "--resume")
+    assert outcome.is_one_line_error("--only-train was False, is True")
+    assert re.findall(r"--[a-z-]+ was", outcome.err) == ["--only-train was"]
+
+    outcome = pretrain("exp", "--epochs", 3, "--resume")
+    assert outcome.status == 0
+    assert re.findall(r"--[a-z-]+ was", outcome.out) == ["--epochs was"]
+
+
+def test_more_epochs_for_a_finished_run(pretrain, tmp_path):
+    """The learning rate stays at its end, and the run says so."""
+    assert pretrain("exp").status == 0
+    before = weights(tmp_path, "exp")
+
+    outcome = pretrain("exp", "--epochs", 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: the learning rate is 0" in outcome.out
+    assert "from the end of epoch 2 on" in outcome.out
+    assert "--tmax-for-cos-decay 3 would" in outcome.out
+
+    assert [float(line["learning_rate"]) for line in table(tmp_path, "exp")][2] == 0
+    after = weights(tmp_path, "exp")
+    assert epochs_of(after["history"]) == [1, 2, 3]
+    assert rates_of(after)[2] == 0
+    convolution = "conv1.weight"
+    assert torch.equal(before["trunk"][convolution], after["trunk"][convolution])
+
+
+def test_a_longer_cosine_for_more_epochs(pretrain, tmp_path):
+    assert pretrain("exp").status == 0
+    outcome = pretrain("exp", "--epochs", 3, "--tmax-for-cos-decay", 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: the learning rate is 0" not in outcome.out
+    assert rates_of(weights(tmp_path, "exp"))[2] > 0
+
+
+def test_more_epochs_under_one_cosine_are_as_if_made_in_one_go(pretrain, tmp_path):
+    assert pretrain("whole", "--tmax-for-cos-decay", 3, "--epochs", 3).status == 0
+    assert pretrain("longer", "--tmax-for-cos-decay", 3).status == 0
+
+    outcome = pretrain("longer", "--epochs", 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    whole = parts_of(weights(tmp_path, "whole"))
+    longer = parts_of(weights(tmp_path, "longer"))
+    assert same(whole, longer)
+
+
+def test_precision_is_stored_resolved_and_kept(pretrain, tmp_path, monkeypatch):
+    """auto is what the machine has where the run begins.
+
+    Going on elsewhere does not change the arithmetic unsaid.
+    """
+
+    def precision_now():
+        return weights(tmp_path, "exp")["settings"]["precision"]
+
+    with monkeypatch.context() as patch:
+        # As on most GPUs.
+        patch.setattr(
+            pirl_stl_train_test, "choose_precision", lambda args, device: "bf16"
+        )
+        assert pretrain("exp", "--epochs", 1, "--resume").status == 0
+    assert precision_now() == "bf16"
+
+    outcome = pretrain("exp", "--epochs", 2, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "--precision was bf16, is fp32" not in outcome.out
+    assert precision_now() == "bf16"
+
+    outcome = pretrain("exp", "--epochs", 3, "--precision", "fp32", "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "--precision was bf16, is fp32" in outcome.out
+    assert precision_now() == "fp32"
+
+    args = pirl_stl_train_test.make_parser().parse_args([])
+    assert run_helpers.choose_precision(args, CPU) == "fp32"
+
+
+# ---- Warm start ----------------------------------------------------------------------
+def test_warm_start_under_another_name(pretrain, tmp_path):
+    """One more epoch with a learning rate of 0: the weights are the first run's."""
+    assert pretrain("first").status == 0
+    flags = (*WARM_START, "--pirl-model-name", "first", "--lr", 0)
+    outcome = pretrain("second", *flags)
+    assert outcome.status == 0, outcome.err
+
+    first = weights(tmp_path, "first")
+    second = weights(tmp_path, "second")
+    assert same(first["head_g"], second["head_g"])
+    assert torch.equal(first["trunk"]["conv1.weight"], second["trunk"]["conv1.weight"])
+    assert epochs_of(table(tmp_path, "second")) == ["2"]
+
+
+def test_warm_start_under_its_own_name(pretrain, tmp_path):
+    """The CSV goes on."""
+    assert pretrain("first").status == 0
+    before = weights(tmp_path, "first")
+    first_line = table(tmp_path, "first")[0]
+
+    outcome = pretrain("first", *WARM_START)
+    assert outcome.status == 0, outcome.err
+    lines = table(tmp_path, "first")
+    assert epochs_of(lines) == ["1", "2"]
+    assert lines[0] == first_line
+
+    after = weights(tmp_path, "first")
+    assert not same(before["trunk"], after["trunk"])
+    assert epochs_of(after["history"]) == [1, 2]
+    for metrics in after["history"]:
+        for value in metrics.values():
+            assert value is None or type(value) in (int, float)
+
+
+@pytest.mark.parametrize("killed", ["before", "after"])
+def test_a_warm_started_run_resumes_itself(pretrain, tmp_path, monkeypatch, killed):
+    """Killed before or after its first step, it goes on from its own beginning.
+
+    It does so without the flags of a warm start.
+    """
+    assert pretrain("exp", "--lr", 0.1).status == 0
+    earlier_files = shutil.copytree(tmp_path / "weights", tmp_path / "saved")
+    assert pretrain("exp", "--lr", 0.1, *WARM_START).status == 0
+    whole = weights(tmp_path, "exp")
+
+    for file in earlier_files.glob("exp.*"):
+        shutil.copy(file, tmp_path / "weights")
+    with monkeypatch.context() as patch:
+        if killed == "before":
+            patch.setattr(pirl_stl_train_test.Pretraining, "train_step", interrupted)
+        else:
+            signal_in_step(patch, signal.SIGINT, 1)
+        assert pretrain("exp", "--lr", 0.1, *WARM_START).status == 130
+
+    outcome = pretrain("exp", "--lr", 0.1, "--resume")
+    assert outcome.status == 0, outcome.err
+    resumed = weights(tmp_path, "exp")
+    assert same(parts_of(whole), parts_of(resumed))
+    assert epochs_of(table(tmp_path, "exp")) == ["1", "2"]
+    assert resumed["settings"]["warm_start"] is True
+
+
+def test_a_warm_start_does_not_resume_the_run_before_it(
+    pretrain, tmp_path, monkeypatch
+):
+    """Killed before it has written anything, --resume finds the earlier run's file."""
+    assert pretrain("exp").status == 0
+    before = (tmp_path / "weights/exp.ckpt").read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pirl_stl_train_test, "read_weights", interrupted)
+        assert pretrain("exp", *WARM_START).status == 130
+    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
+
+    outcome = pretrain("exp", *WARM_START, "--resume")
+    assert outcome.is_one_line_error("--warm-start was False, is True")
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "epoch\n\xff\n"])
+def test_a_warm_start_needs_no_csv(pretrain, tmp_path, content):
+    """The epochs before it are those of the model's own record."""
+    assert pretrain("exp", "--epochs", 1).status == 0
+    before = table(tmp_path, "exp")
+    path = tmp_path / "observations/exp_observations.csv"
+    path.write_bytes(content.encode("latin1"))
+
+    outcome = pretrain("exp", *WARM_START)
+    assert outcome.status == 0, outcome.err
+    lines = table(tmp_path, "exp")
+    assert epochs_of(lines) == ["1", "2"]
+    assert lines[:1] == before
+
+
+# ---- Flags ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--only-train",
+        "--loss nce --non-linear-head yes",
+        "--positive pair --count-negatives 20",
+        "--precision bf16 --image-size 55 --beta 0 --loss-weight 0.3"
+        " --tmax-for-cos-decay 5",
+        "--batch-negatives no --zero-init False --crop-area 0.5",
+        "--colour-strength 0 --deterministic",
+        "--batch-size 23 --warmup-steps 0 --temp-parameter 0.01",
+    ],
+)
+def test_flags(pretrain, tmp_path, flags):
+    outcome = pretrain("exp", "--epochs", 1, *flags.split())
+    assert outcome.status == 0, outcome.err
+
+    bank = checkpoint(tmp_path, "exp")["bank"]["vectors"]
+    assert bank.dtype == torch.float32
+    assert len(bank) == COUNTS["unlabelled"]
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(len(bank)))
+    if flags == "--only-train":
+        assert f"{COUNTS['unlabelled']} training images" in outcome.out
+        assert table(tmp_path, "exp")[0]["val_loss"] == ""
+
+
+def test_an_empty_model_name_is_refused(pretrain):
+    """As from a shell variable that is not set."""
+    outcome = pretrain("exp", "--warm-start", "--pirl-model-name", "")
+    assert outcome.is_one_line_error("--pirl-model-name", "empty", status=2)
+
+
+def test_compile_without_a_compiler(pretrain, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert pretrain("exp", "--compile").is_one_line_error("C++ compiler", "g++")
+
+
+def test_compiled_code_serves_full_batches_alone(tiny):
+    """Not a smaller last batch, validation or the monitor.
+
+    It is compiled once for the batch's 16 images and once for their 144 patches.
+    """
+    trainer = make_trainer(tiny)
+    compiled = []
+
+    def backend(graph, inputs):
+        shapes = [tuple(value.shape) for value in inputs if value.ndim == 4]
+        compiled.append([shape for shape in shapes if shape[1] == 3])
+        return graph.forward
+
+    trainer.model.trunk.compile(backend=backend, dynamic=False)
+    uniforms = trainer.epoch_uniforms(1)
+    labelled = pirl_stl_train_test.load_monitor(trainer.args, trainer.device)
+    batches = [torch.arange(16), torch.arange(16, 22), torch.arange(16, 32)]
+    try:
+        for _ in range(2):
+            for step, index in enumerate(batches):
+                trainer.train_step(index, uniforms, 1, step)
+            pirl_stl_train_test.monitor_accuracy(trainer, labelled)
+            pirl_stl_train_test.validate(trainer, uniforms, 1)
+    finally:
+        torch._dynamo.reset()
+
+    batch_shapes = []
+    for shapes in compiled:
+        batch_shapes.extend(shape for shape in shapes if shape[0] in (16, 144))
+    assert sorted(batch_shapes) == [(16, 3, 36, 36), (144, 3, 11, 11)]
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("side", [36, 64])
+def test_bf16_on_cpus(tiny, side):
+    """Its gradients are those of float32, where layer3 and layer4 see 1 × 1 too."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        flags = ("--precision", precision, "--image-size", side)
+        trainer = make_trainer([*tiny, *flags])
+        trainer.train_step(torch.arange(16), trainer.epoch_uniforms(1), 1, 0)
+        flat = [parameter.grad.flatten() for parameter in trainer.model.parameters()]
+        gradients.append(torch.cat(flat))
+
+    # bf16 has 8 bits.
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+# ---- Learning rate -------------------------------------------------------------------
+def schedule(*flags, steps=5):
+    """The learning rates of all steps of a run: 10 epochs, 10 steps of warm-up."""
+    parser = pirl_stl_train_test.make_parser()
+    usual = ["--epochs", "10", "--lr", "0.4", "--warmup-steps", "10"]
+    args = parser.parse_args([*usual, *flags])
+    pirl_stl_train_test.resolve_defaults(args, CPU)
+    rates = []
+    for epoch in range(args.cont_epoch, args.epochs + 1):
+        for step in range(steps):
+            rates.append(pirl_stl_train_test.learning_rate(args, epoch, step, steps))
+    return rates
+
+
+def test_learning_rate_schedule():
+    rates = schedule()
+    assert rates[0] == pytest.approx(0.04, rel=1e-3)
+    assert rates[25] == pytest.approx(0.2)  # half-way down the cosine
+    assert rates[-1] < 0.001
+    assert max(rates) == max(rates[9:11])
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for epoch in range(10):
+        if epoch >= 2:
+            assert rates[5 * epoch] == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+
+
+def test_the_learning_rate_stays_at_its_end():
+    rates = schedule("--tmax-for-cos-decay", "6")
+    assert rates[29] > 0
+    assert rates[30:] == [0] * 20
+
+    shorter = schedule("--tmax-for-cos-decay", "6", "--epochs", "6")
+    assert rates[:30] == [pytest.approx(rate) for rate in shorter]
+
+
+def test_a_warm_start_has_a_warm_up():
+    plain = schedule()
+    warm = schedule("--warm-start", "True", "--cont-epoch", "4")
+    expected = []
+    for number, rate in enumerate(plain[15:]):
+        expected.append(pytest.approx(rate * min(1, (number + 1) / 10)))
+    assert warm == expected
+
+
+# ---- The kNN monitor and TensorBoard -------------------------------------------------
+def labelled_images(tiny):
+    return pirl_stl_train_test.load_monitor(make_trainer(tiny).args, CPU)
+
+
+def test_the_monitor_is_in_the_csv_and_reads_no_test_image(
+    pretrain, tmp_path, own_data, monkeypatch
+):
+    shutil.rmtree(own_data / "test")
+    opened = []
+    plain_open = builtins.open
+
+    def noting_open(name, *arguments, **options):
+        opened.append(str(name))
+        return plain_open(name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", noting_open)
+        flags = ("--data-dir", own_data, "--epochs", 3, "--knn-every", 2)
+        outcome = pretrain("exp", *flags)
+
+    assert outcome.status == 0, outcome.err
+    assert opened
+    below = [name.removeprefix(str(tmp_path)) for name in opened]
+    assert not [name for name in below if "/test" in name]
+    accuracies = [line["knn_acc"] for line in table(tmp_path, "exp")]
+    measured = [bool(accuracy) for accuracy in accuracies]
+    assert measured == [False, True, True], "every second epoch, and the last"
+    assert all(0 <= float(accuracy) <= 1 for accuracy in accuracies[1:])
+    assert "kNN" in outcome.out
+
+
+def test_search_and_query_are_apart(tiny):
+    _, labels, search, query = labelled_images(tiny)
+    assert sorted([*search.tolist(), *query.tolist()]) == list(range(60))
+    assert len(query) == round(0.16 * 60)
+    assert labels[query].unique().tolist() == list(range(10))
+
+
+def test_training_does_not_notice_the_monitor(pretrain, tmp_path):
+    for name, every in (("with", 1), ("without", 0)):
+        outcome = pretrain(name, "--knn-every", every)
+        assert outcome.status == 0, outcome.err
+
+    with_monitor = weights(tmp_path, "with")["trunk"]
+    without = weights(tmp_path, "without")["trunk"]
+    assert same(with_monitor, without)
+
+
+@pytest.mark.full_trunk
+def test_the_monitor_measures_the_exported_features(pretrain, tiny, tmp_path):
+    """The last epoch's accuracy is that of the features that the file gives."""
+    assert pretrain("exp", "--epochs", 1).status == 0
+    content = weights(tmp_path, "exp")
+    resnet = torchvision.models.resnet18()
+    resnet.load_state_dict(content["trunk"], strict=False)
+    resnet.fc = torch.nn.Identity()
+    images, labels, search, query = labelled_images(tiny)
+
+    with torch.no_grad():
+        features = resnet.eval()(normalize(images))
+    expected = knn_accuracy(
+        features[search], labels[search], features[query], labels[query]
+    )
+    assert content["history"][-1]["knn_acc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_labelled_images_no_monitor(pretrain, own_data):
+    shutil.rmtree(own_data / "train")
+    shutil.rmtree(own_data / "test")
+    outcome = pretrain("exp", "--data-dir", own_data, "--epochs", 1)
+    assert outcome.status == 0, outcome.err
+    assert "no nearest-neighbour accuracy" in outcome.out
+
+
+def test_labels_that_pretraining_cannot_use_are_a_note(pretrain, own_data):
+    """One class alone."""
+    for folder in (own_data / "train").iterdir():
+        if folder.name != "1":
+            shutil.rmtree(folder)
+    outcome = pretrain("exp", "--data-dir", own_data, "--epochs", 1)
+    assert outcome.status == 0, outcome.err
+    assert "note: no nearest-neighbour accuracy" in outcome.out
+
+
+def test_tensorboard_without_its_package(pretrain, monkeypatch):
+    plain_import = builtins.__import__
+
+    def import_without(name, *arguments, **options):
+        if "tensorboard" in name:
+            raise ImportError(name)
+        return plain_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", import_without)
+    outcome = pretrain("exp", "--tensorboard", "True")
+    assert outcome.is_one_line_error("pip install tensorboard")
+
+
+def test_tensorboard(pretrain, monkeypatch):
+    opened = []
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            opened.append((folder.name, purge_step))
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+        def flush(self):
+            pass
+
+    package = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    assert pretrain("exp", "--tensorboard", "True", "--epochs", 1).status == 0
+
+    assert opened == [("exp_tensorboard", 1)]
+    names = {name for name, _, _ in written}
+    assert {"train_loss", "val_loss", "learning_rate", "knn_acc"} <= names
+
+
+# ---- Learning ------------------------------------------------------------------------
+def test_nothing_flows_into_the_bank(tiny):
+    """What the first of two steps puts into the bank is a negative of the second.
+
+    It carries no gradient.
+    """
+    trainer = make_trainer(tiny)
+    for step, index in enumerate(torch.arange(32).split(16)):
+        trainer.train_step(index, trainer.epoch_uniforms(1), 1, step)
+        assert not trainer.bank.vectors.requires_grad
+        for parameter in trainer.model.head_f.parameters():
+            assert parameter.grad.abs().sum() > 0
+
+
+def write_patterns(folder):
+    """64 images to tell apart: eight hues by eight patterns of stripes and checks."""
+    y, x = np.mgrid[:96, :96] / 96
+    up = np.sin(8 * np.pi * x) > 0
+    across = np.sin(8 * np.pi * y) > 0
+    fine_up = np.sin(18 * np.pi * x) > 0
+    fine_across = np.sin(18 * np.pi * y) > 0
+    slanted = np.sin(8 * np.pi * (x + y)) > 0
+    plain = x < 2
+    checks = up ^ across
+    fine_checks = fine_up ^ fine_across
+    patterns = [plain, up, across, checks, fine_up, fine_across, fine_checks, slanted]
+
+    folder.mkdir(parents=True)
+    for number in range(64):
+        hue = number // 8 / 8
+        light = colorsys.hsv_to_rgb(hue, 1, 0.8)
+        dark = colorsys.hsv_to_rgb(hue + 0.3, 0.3, 0.25)
+        image = np.where(patterns[number % 8][..., None], light, dark)
+        pixels = (255 * image).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.full_trunk
+def test_overfits_64_images(call, tmp_path):
+    """The pretext accuracy passes 90 % in under two minutes of two cores' time."""
+    write_patterns(tmp_path / "data/unlabelled")
+    started = time.process_time()
+
+    # fmt: off
+    outcome = call(
+        "pirl_stl_train_test", "--experiment-name", "overfit", "--device", "cpu",
+        "--data-dir", tmp_path / "data", "--only-train", "--image-size", 48,
+        "--batch-size", 64, "--epochs", 45, "--tmax-for-cos-decay", 70,
+        "--lr", 0.7, "--warmup-steps", 20,
+        # The same 64 targets throughout.
+        "--beta", 0.99, "--loss-weight", 0.9,
+        "--weights-dir", tmp_path / "weights",
+        "--observations-dir", tmp_path / "observations",
+    )
+    # fmt: on
+
+    assert outcome.status == 0, outcome.err
+    accuracies = [float(line["train_acc"]) for line in table(tmp_path, "overfit")]
+    assert max(accuracies) > 0.9
+    assert time.process_time() - started < 240

@@ -1,0 +1,507 @@
+"""The raw STL-10 files: download, extraction, checks, and folders of images."""
+
+import hashlib
+import http.server
+import io
+import os
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import COUNTS, write_raw
+from PIL import Image
+from torchvision.datasets import STL10
+
+import stl10_data_load
+from dataset_helpers import list_images, load_labelled, read_image
+from stl10_data_load import IMAGE_BYTES
+
+
+def read_pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+# ---- Folders of images ---------------------------------------------------------------
+def test_folders_hold_what_torchvision_reads(call, raw_dir, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
+    assert outcome.status == 0, outcome.err
+    assert "not the STL-10 release" in outcome.out
+
+    # torchvision accepts the release alone.
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    names = {"train": "train", "test": "test", "unlabelled": "unlabeled"}
+    for split, torchvision_name in names.items():
+        reference = STL10(raw_dir, split=torchvision_name)
+        assert len(reference) == COUNTS[split]
+        assert len(list((data / split).rglob("*.png"))) == COUNTS[split]
+        for index, (image, label) in enumerate(reference):
+            folder = data / split
+            if split != "unlabelled":
+                folder = folder / str(label + 1)
+            assert (read_pixels(folder / f"{index}.png") == np.asarray(image)).all()
+
+
+def test_the_tensors_are_the_raw_images_and_labels_in_order(data_dir, raw_dir):
+    raw = np.fromfile(raw_dir / "stl10_binary/train_X.bin", np.uint8)
+    raw = raw.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)  # it has columns first
+    images, labels, *_ = load_labelled(data_dir / "train", 96, torch.device("cpu"))
+    assert images.dtype == torch.uint8
+    assert (images.numpy() == raw).all()
+    assert labels.tolist() == [i % 10 for i in range(COUNTS["train"])]
+
+
+def test_a_second_run_does_nothing_and_an_interrupted_one_is_completed(
+    call, raw_dir, tmp_path
+):
+    data = tmp_path / "data"
+    arguments = ("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
+    assert call(*arguments).status == 0
+    times = {file: file.stat().st_mtime_ns for file in data.rglob("*")}
+
+    again = call(*arguments)
+    assert again.status == 0
+    assert "nothing to do" in again.out
+    assert {file: file.stat().st_mtime_ns for file in data.rglob("*")} == times
+
+    # As if it had been killed before the first one, and the machine had crashed with
+    # the second one half on the disk.
+    missing = data / "unlabelled/7.png"
+    short = data / "train/3/2.png"
+    content = {file: file.read_bytes() for file in (missing, short)}
+    missing.unlink()
+    short.write_bytes(content[short][:100])
+    (data / "test/1/10.part").write_bytes(b"half")
+    completed = call(*arguments)
+    assert completed.status == 0
+    assert "nothing to do" not in completed.out
+    assert {file: file.read_bytes() for file in content} == content
+    untouched = data / "unlabelled/8.png"
+    assert untouched.stat().st_mtime_ns == times[untouched]
+
+    # The right number of files of the right size does not make them the right ones.
+    short.write_bytes(bytes(len(content[short])))
+    assert "nothing to do" not in call(*arguments).out
+    assert short.read_bytes() == content[short]
+    missing.unlink()
+    assert "nothing to do" not in call(*arguments).out
+    assert missing.exists()
+    assert "nothing to do" in call(*arguments).out
+
+
+def test_names_and_folds_are_copied(call, tmp_path):
+    raw = write_raw(tmp_path / "raw", COUNTS)
+    names = "\n".join(f"animal {i}" for i in range(10)).encode()
+    (raw / "class_names.txt").write_bytes(names)
+    data = tmp_path / "data"
+    arguments = ("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
+    assert call(*arguments).status == 0
+    assert (data / "class_names.txt").read_bytes() == names
+    assert not (data / "fold_indices.txt").exists()
+
+
+def test_folders_of_other_images_are_left_alone(call, raw_dir, tmp_path):
+    write_raw(tmp_path / "other", COUNTS, seed=9)
+    data = tmp_path / "data"
+    arguments = ("stl10_data_load", "--data-dir", data)
+    assert call(*arguments, "--raw-dir", raw_dir).status == 0
+    (data / "test/1/0.png").unlink()
+    before = {file: file.read_bytes() for file in data.rglob("*.png")}
+
+    outcome = call(*arguments, "--raw-dir", tmp_path / "other")
+    assert outcome.is_one_line_error("--data-dir", "something else than the raw file")
+    after = {file: file.read_bytes() for file in data.rglob("*.png")}
+    assert after == before, "nothing is added, either"
+
+
+def test_more_images_than_the_raw_file_has(call, raw_dir, tmp_path):
+    data = tmp_path / "data"
+    (data / "unlabelled").mkdir(parents=True)
+    Image.new("RGB", (96, 96)).save(data / "unlabelled/5000.png")
+    outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
+    assert outcome.is_one_line_error("other images than")
+    assert len(list(data.rglob("*.png"))) == 1, "nothing is added to them"
+
+
+def test_images_with_other_labels(call, tmp_path):
+    raw = write_raw(tmp_path / "raw", COUNTS)
+    data = tmp_path / "data"
+    arguments = ("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
+    assert call(*arguments).status == 0
+    labels = np.fromfile(raw / "train_y.bin", np.uint8)
+    labels[::-1].tofile(raw / "train_y.bin")
+    assert call(*arguments).is_one_line_error("other images than")
+
+
+# ---- The raw files -------------------------------------------------------------------
+def remove_test_labels(raw):
+    (raw / "test_y.bin").unlink()
+
+
+def cut_a_training_image(raw):
+    os.truncate(raw / "train_X.bin", IMAGE_BYTES * 59 + 5)
+
+
+def empty_the_unlabelled_images(raw):
+    os.truncate(raw / "unlabeled_X.bin", 0)
+
+
+def cut_the_training_labels(raw):
+    os.truncate(raw / "train_y.bin", 59)
+
+
+def make_the_training_labels_huge(raw):
+    os.truncate(raw / "train_y.bin", 2**40)
+
+
+def zero_the_training_labels(raw):
+    (raw / "train_y.bin").write_bytes(bytes(60))
+
+
+def make_the_test_labels_eleven(raw):
+    (raw / "test_y.bin").write_bytes(bytes([11] * 40))
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (remove_test_labels, ["test_y.bin", "missing"]),
+        (cut_a_training_image, ["train_X.bin", "27648"]),
+        (empty_the_unlabelled_images, ["unlabeled_X.bin", "empty"]),
+        (cut_the_training_labels, ["train_y.bin", "59 labels for 60"]),
+        (
+            make_the_training_labels_huge,
+            ["train_y.bin", "1099511627776 labels for 60"],
+        ),
+        (zero_the_training_labels, ["train_y.bin", "label 0"]),
+        (make_the_test_labels_eleven, ["test_y.bin", "label 11"]),
+    ],
+)
+def test_bad_raw_files(call, tmp_path, damage, parts):
+    damage(write_raw(tmp_path, COUNTS))
+    data = tmp_path / "data"
+    outcome = call("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", data)
+    assert outcome.is_one_line_error(*parts)
+    assert not data.exists()
+
+
+def test_raw_files_straight_in_the_raw_folder(call, raw_dir, tmp_path):
+    arguments = ("stl10_data_load", "--data-dir", tmp_path / "data")
+    outcome = call(*arguments, "--raw-dir", raw_dir / "stl10_binary")
+    assert outcome.status == 0, outcome.err
+    assert "nothing to do" in call(*arguments, "--raw-dir", raw_dir).out
+
+
+def test_the_release_is_recognised_by_its_checksums(call, tmp_path, monkeypatch):
+    raw = write_raw(tmp_path, COUNTS)
+    checksums = {}
+    for name in stl10_data_load.MD5:
+        checksums[name] = hashlib.md5((raw / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(stl10_data_load, "MD5", checksums)
+    arguments = ("--raw-dir", tmp_path, "--data-dir", tmp_path / "data")
+    outcome = call("stl10_data_load", *arguments)
+    assert "these files are the STL-10 release" in outcome.out
+
+
+# ---- Downloads, from a server in this process ----------------------------------------
+class Server:
+    """An http.server with one archive, and with the faults that servers have."""
+
+    def __init__(self):
+        self.content = b""
+        self.requests = []  # the first byte that each one asked for
+        self.ranges = True  # whether a download can go on where it broke
+        self.cut = None  # where the connection breaks
+        self.silent = 0  # seconds without an answer at the end
+        self.shift = 0  # how far behind the byte that was asked for it begins
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        port = self.server.server_port
+        self.url = f"http://127.0.0.1:{port}/stl10_binary.tar.gz"
+
+    def answer(self, handler):
+        start = 0
+        if self.ranges:
+            asked_for = handler.headers.get("Range", "bytes=0-")
+            start = int(asked_for.removeprefix("bytes=").removesuffix("-"))
+        self.requests.append(start)
+
+        size = len(self.content)
+        if start >= size:
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{size}")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+
+        handler.send_response(206 if start else 200)
+        if start:
+            part = f"bytes {start + self.shift}-{size - 1}/{size}"
+            handler.send_header("Content-Range", part)
+        handler.send_header("Content-Length", str(size - start))
+        handler.end_headers()
+        handler.wfile.write(self.content[start : self.cut])
+        handler.wfile.flush()
+        time.sleep(self.silent)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.server.shutdown()
+
+
+def archive_of(folder, extra=None):
+    """The bytes of an archive of the raw files, and of an empty file `extra`."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder / "stl10_binary", "stl10_binary")
+        if extra is not None:
+            tar.addfile(extra, io.BytesIO(b"x" * extra.size))
+    return buffer.getvalue()
+
+
+def download_command(server, folder):
+    return (
+        "stl10_data_load",
+        *("--url", server.url),
+        *("--raw-dir", folder / "raw"),
+        *("--data-dir", folder / "data"),
+    )
+
+
+def leave_part(folder, content):
+    """As a download that was killed leaves it."""
+    part = folder / "raw/.stl10_binary.tar.gz.part"
+    part.parent.mkdir()
+    part.write_bytes(content)
+
+
+def test_download(call, server, raw_dir, tmp_path):
+    server.content = archive_of(raw_dir)
+    command = download_command(server, tmp_path)
+    md5 = hashlib.md5(server.content).hexdigest()
+    outcome = call(*command, "--md5", md5)
+    assert outcome.status == 0, outcome.err
+    for file in (raw_dir / "stl10_binary").iterdir():
+        copy = tmp_path / "raw/stl10_binary" / file.name
+        assert copy.read_bytes() == file.read_bytes()
+    assert "nothing to do" in call(*command).out
+    assert server.requests == [0], "raw data that is there is not fetched again"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_cut_download_is_mended_by_the_next_run(
+    call, server, raw_dir, tmp_path, checksum, ranges
+):
+    server.content = archive_of(raw_dir)
+    server.cut = 20_000
+    server.ranges = ranges
+    command = download_command(server, tmp_path)
+    if checksum:
+        command = (*command, "--md5", hashlib.md5(server.content).hexdigest())
+    raw = tmp_path / "raw"
+
+    assert call(*command).is_one_line_error("20000 of", server.url)
+    assert not (raw / "stl10_binary").exists()
+    assert not (raw / "stl10_binary.tar.gz").exists()
+    assert not (tmp_path / "data").exists()
+
+    server.cut = None
+    assert call(*command).status == 0
+    assert server.requests == [0, 20_000 if ranges else 0]
+    assert (raw / "stl10_binary.tar.gz").read_bytes() == server.content
+    size = (raw / "stl10_binary/unlabeled_X.bin").stat().st_size
+    assert size == COUNTS["unlabelled"] * 27648
+
+
+def test_leftover_of_a_larger_file_begins_anew(call, server, raw_dir, tmp_path):
+    server.content = archive_of(raw_dir)
+    leave_part(tmp_path, b"x" * (len(server.content) + 1))
+    assert call(*download_command(server, tmp_path)).status == 0
+
+
+def test_a_leftover_of_something_else_never_passes_for_the_archive(
+    call, server, raw_dir, tmp_path
+):
+    server.content = archive_of(raw_dir)
+    md5 = hashlib.md5(server.content).hexdigest()
+    leave_part(tmp_path, b"x" * 1000)
+    command = (*download_command(server, tmp_path), "--md5", md5)
+    assert call(*command).is_one_line_error("MD5")
+    assert call(*command).status == 0
+
+
+def test_a_silent_server_is_given_up(call, server, raw_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(stl10_data_load, "TIMEOUT", 0.3)
+    server.content = archive_of(raw_dir)
+    server.cut = 1000
+    server.silent = 2
+    outcome = call(*download_command(server, tmp_path))
+    assert outcome.is_one_line_error("timed out")
+
+
+def test_another_part_than_was_asked_for(call, server, raw_dir, tmp_path):
+    server.content = archive_of(raw_dir)
+    server.cut = 20_000
+    command = download_command(server, tmp_path)
+    assert call(*command).is_one_line_error("20000 of")
+
+    server.cut = None
+    server.shift = 5
+    assert call(*command).is_one_line_error("another part")
+
+    server.shift = 0
+    assert call(*command).status == 0
+    assert server.requests == [0, 20_000, 20_000], "nothing is fetched twice"
+
+
+def test_a_range_that_was_not_asked_for_is_refused(call, server, tmp_path):
+    assert server.content == b"", "so that any answer is 416"
+    outcome = call(*download_command(server, tmp_path))
+    assert outcome.is_one_line_error("416")
+
+
+def test_a_whole_leftover_is_not_fetched_again(call, server, raw_dir, tmp_path):
+    """As after a kill between the last byte and the renaming."""
+    server.content = archive_of(raw_dir)
+    leave_part(tmp_path, server.content)
+    md5 = hashlib.md5(server.content).hexdigest()
+    assert call(*download_command(server, tmp_path), "--md5", md5).status == 0
+    assert server.requests == [len(server.content)]
+
+
+def test_wrong_checksum_leaves_nothing_that_looks_whole(
+    call, server, raw_dir, tmp_path
+):
+    server.content = archive_of(raw_dir)
+    outcome = call(*download_command(server, tmp_path), "--md5", "0" * 32)
+    assert outcome.is_one_line_error("MD5")
+    assert list((tmp_path / "raw").iterdir()) == []
+
+
+def test_server_that_is_not_there(call, tmp_path):
+    arguments = ("stl10_data_load", "--raw-dir", tmp_path / "raw")
+    outcome = call(*arguments, "--url", "http://127.0.0.1:9/a.tar.gz")
+    assert outcome.is_one_line_error("could not be fetched")
+    assert call(*arguments, "--url", "no-url").is_one_line_error("no-url")
+
+
+# ---- Archives ------------------------------------------------------------------------
+def put_archive(raw, content):
+    raw.mkdir(parents=True, exist_ok=True)
+    archive = raw / "stl10_binary.tar.gz"
+    archive.write_bytes(content)
+    return archive
+
+
+def hostile(name, **attributes):
+    member = tarfile.TarInfo(name)
+    for key, value in attributes.items():
+        setattr(member, key, value)
+    return member
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        hostile("../outside", size=1),
+        hostile("stl10_binary/../../outside", size=1),
+        hostile("stl10_binary/link", type=tarfile.SYMTYPE, linkname="../../outside"),
+        hostile("stl10_binary/hard", type=tarfile.LNKTYPE, linkname="../../outside"),
+        hostile("stl10_binary/device", type=tarfile.CHRTYPE),
+    ],
+    ids=lambda member: member.name,
+)
+def test_archives_that_leave_their_folder_are_refused(call, raw_dir, tmp_path, member):
+    raw = tmp_path / "deep/raw"
+    put_archive(raw, archive_of(raw_dir, member))
+    data = tmp_path / "data"
+    outcome = call("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
+    assert outcome.is_one_line_error("not to be trusted")
+    assert not list(tmp_path.rglob("outside"))
+    assert not (raw / "stl10_binary").exists()
+
+
+def test_an_absolute_path_in_an_archive_stays_in_its_folder(call, raw_dir, tmp_path):
+    raw = tmp_path / "raw"
+    member = hostile(f"{tmp_path}/outside", size=1)
+    put_archive(raw, archive_of(raw_dir, member))
+    data = tmp_path / "data"
+    assert call("stl10_data_load", "--raw-dir", raw, "--data-dir", data).status == 0
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no archive", b"\x1f\x8b" + b"\0" * 40],
+    ids=["empty", "text", "gzip"],
+)
+def test_what_is_no_archive(call, tmp_path, content):
+    archive = put_archive(tmp_path, content)
+    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*command).is_one_line_error("tar.gz")
+    assert call(*command, "--md5", "0" * 32).is_one_line_error("MD5", archive)
+    assert archive.exists(), "what the user put there is not ours to remove"
+
+
+def test_an_archive_of_something_else(call, tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.addfile(hostile("readme.txt", size=1), io.BytesIO(b"x"))
+    put_archive(tmp_path, buffer.getvalue())
+    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*command).is_one_line_error("holds no folder stl10_binary")
+
+
+def test_an_altered_archive_is_noticed(call, raw_dir, tmp_path):
+    content = bytearray(archive_of(raw_dir))
+    content[-6] ^= 1  # in gzip's checksum
+    put_archive(tmp_path, content)
+    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*command).is_one_line_error("damaged")
+    assert not (tmp_path / "stl10_binary").exists()
+
+
+# ---- Images --------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "I;16"])
+def test_other_modes_are_converted(tmp_path, mode):
+    steps = np.arange(96)
+    gray = (np.add.outer(steps, steps) // 2 * 2).astype(np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(gray.astype(np.uint16) * 256)
+    else:
+        image = Image.fromarray(gray).convert(mode)
+    image.save(tmp_path / "0.png")
+
+    result = read_image(tmp_path / "0.png", 96)
+    assert result.shape == (3, 96, 96)
+    assert result.dtype == np.uint8
+    if mode != "1":
+        assert abs(result[0].astype(int) - gray).max() <= 4  # a palette is coarser
+
+
+def test_smaller_images_are_scaled_with_antialiasing(data_dir):
+    files = list_images(data_dir / "unlabelled")[:3]
+    full = np.stack([read_image(file, 96) for file in files])
+    half = np.stack([read_image(file, 48) for file in files])
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(full).float(), (48, 48), mode="bicubic", antialias=True
+    )
+    assert half.shape == (3, 3, 48, 48)
+    assert (torch.from_numpy(half) - expected.clamp(0, 255)).abs().mean() < 1

@@ -158,9 +158,11 @@ def load_images(files, side, device, description, shared=False):
 
     if one_copy:
         images = node_shared_tensor(shape)
-        if LOCAL_RANK == 0:
-            decode(files, images.numpy(), description)
-        distributed.barrier()  # until they are there
+        # Each rank of the node decodes its part: if the others only waited, torch would
+        # give up after some minutes.
+        part = slice(LOCAL_RANK, None, LOCAL_RANKS)
+        decode(files[part], images.numpy()[part], description)
+        distributed.barrier()
     else:
         images = torch.empty(shape, dtype=torch.uint8)
         decode(files, images.numpy(), description)
@@ -245,8 +247,10 @@ def place_images(wish, count, side, device):
     if RANKS > 1:
         distributed.all_reduce(too_large, distributed.ReduceOp.MAX)
     if too_large:
-        sizes = f"{needed / 1e9:.3g} GB, and the card has room for {free / 1e9:.3g} GB"
-        print(f"note: the images stay on the host: they take {sizes}")
+        print(
+            f"note: the images stay on the host: they take {needed / 1e9:.3g} GB, and "
+            f"a card has room for {max(free, 0) / 1e9:.3g} GB"
+        )
         return host
     return device
 
@@ -256,21 +260,23 @@ def check_memory(shape, device, copies):
 
     copies: how many are made on this node, one by each rank.
     """
-    needed = math.prod(shape)
-    free = free_memory(torch.device("cpu")) / copies
-    advice = "use a smaller --image-size or fewer images"
+    count, _, side, _ = shape
+
+    def refuse_above(free, needed, advice):
+        if needed > free:
+            raise UserError(
+                f"{count} images of {side} × {side} pixels take {needed / 1e9:.3g} GB "
+                f"and there is room for {max(free, 0) / 1e9:.3g} GB",
+                advice,
+            )
+
+    size = math.prod(shape)
+    smaller = "use a smaller --image-size or fewer images"
+    refuse_above(free_memory(torch.device("cpu")) / copies, size, smaller)
     if device.type == "cuda":
-        free_on_card = free_memory(device) - RESERVED_ON_CARD
-        if free_on_card < free:
-            free = free_on_card
-            advice = f"in pretraining, use --images-on host; else {advice}"
-    if needed > free:
-        count, _, side, _ = shape
-        raise UserError(
-            f"{count} images of {side} × {side} pixels take {needed / 1e9:.3g} GB and "
-            f"there is room for {max(free, 0) / 1e9:.3g} GB",
-            advice,
-        )
+        free = free_memory(device) - RESERVED_ON_CARD
+        advice = f"in pretraining, use --images-on host; else {smaller}"
+        refuse_above(free, size + count * BYTES_BESIDE_PIXELS, advice)
 
 
 def free_memory(device):

@@ -185,7 +185,7 @@ def main(argv=None):
         warm_start(trainer, state, experiment)
         # An earlier run of this name may have left a checkpoint. If this run is killed
         # before it writes its own, --resume must not go on with that one.
-        save()
+        loop.checkpoint()
     compare_ranks(shared_settings(args), checksum, state.epoch, state.step)
 
     # Rank 0 alone measures kNN and writes TensorBoard's log.
@@ -233,7 +233,7 @@ def main(argv=None):
             # A signal that came during validation or kNN ends the process here.
             loop.after_epoch()
 
-        save()
+        loop.checkpoint()
         export(trainer, state, experiment)
         loop.after_export()
 

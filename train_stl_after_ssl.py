@@ -164,7 +164,8 @@ def main(argv=None):
         experiment.save_checkpoint(args, trainer.checksum, trainer, state)
 
     title = "whole network, epoch"
-    loop = LoopControl(trainer, state, experiment, save, title, "lower --full-lr")
+    advice = "lower --full-lr, or use --precision fp32"
+    loop = LoopControl(trainer, state, experiment, save, title, advice)
     if checkpoint:
         experiment.restore(checkpoint, trainer.checksum, trainer, state)
     half_done = trainer.full_stage_begun and "full" not in trainer.results
@@ -180,7 +181,7 @@ def main(argv=None):
     # that is stopped in it begins again.
     if "softmax" not in trainer.results:
         state.history = train_softmax_layer(trainer)
-        save()
+        loop.checkpoint()
         experiment.write_history(state.history)
 
     # The whole network, starting from that layer.
@@ -224,7 +225,7 @@ def main(argv=None):
 
         if args.full_fine_tune and "full" not in trainer.results:
             trainer.use_best_epoch()
-            save()
+            loop.checkpoint()
         write_results(trainer, state, experiment, argv)
         loop.after_export()
 

@@ -42,7 +42,7 @@ class Outcome:
     err: str
 
     def is_one_line_error(self, *parts, status=1):
-        """Whether this is one line "error: what is wrong: what to do" with all parts."""
+        """Assert one line "error: what is wrong: what to do" that has all parts."""
         lines = self.err.splitlines()
         assert self.status == status, (self.status, self.out, self.err)
         assert len(lines) == 1, self.err
@@ -55,7 +55,7 @@ class Outcome:
 
 @pytest.fixture
 def call(monkeypatch):
-    """call(script, *arguments) runs a script in this process, as a shell would see it."""
+    """call(script, *arguments) runs a script in this process, as a shell sees it."""
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
@@ -126,7 +126,7 @@ def raw_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(raw_dir, tmp_path_factory):
-    """Image folders: 60 training, 40 test and 100 unlabelled images. Not to be changed."""
+    """Folders of 60 training, 40 test and 100 unlabelled images. Not to be changed."""
     folder = tmp_path_factory.mktemp("stl10") / "data"
     for split in stl10_data_load.SPLITS:
         stl10_data_load.write_split(raw_dir / "stl10_binary", folder, split)

@@ -16,7 +16,7 @@ from torch import nn
 import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from progress import LoopControl
+from checkpoints import Experiment
 from run_helpers import NEGATIVES, make_generator
 
 CPU = torch.device("cpu")
@@ -299,7 +299,7 @@ for loss in ("modified-nce", "nce"):
     "flags",
     [
         *ALL_LOSSES,
-        "--pretext rotation --non-linear-head False --seed 3",
+        "--pretext rotation --seed 3",
         "--temp-parameter 5 --weight-decay 0.01 --seed 4",
     ],
 )
@@ -495,7 +495,7 @@ def note_calls(monkeypatch, owner, name, note):
 
 
 def test_a_run_of_pretraining(call, tiny, tmp_path, monkeypatch):
-    """Four epochs of five steps, kNN in every second and in the last, then the export.
+    """Three epochs of five steps, kNN in the second and in the last, then the export.
 
     Checkpoints are due all the time: one comes after every step, before validation.
     """
@@ -534,7 +534,10 @@ def test_a_run_of_pretraining(call, tiny, tmp_path, monkeypatch):
     note_calls(monkeypatch, module, "monitor_accuracy", after_knn)
     note_calls(monkeypatch, module, "log_epoch", lambda *_: events.append("log"))
     note_calls(
-        monkeypatch, LoopControl, "checkpoint", lambda *_: events.append("checkpoint")
+        monkeypatch,
+        Experiment,
+        "save_checkpoint",
+        lambda *_: events.append("checkpoint"),
     )
     note_calls(monkeypatch, module, "export", lambda *_: events.append("export"))
 
@@ -549,7 +552,13 @@ def test_a_run_of_pretraining(call, tiny, tmp_path, monkeypatch):
     training = ["step", "checkpoint"] * 5
     plain_epoch = [*training, "validate", "log"]
     measured_epoch = [*training, "validate", "kNN", "log"]
-    assert events == [*plain_epoch, *measured_epoch, *measured_epoch, "export"]
+    assert events == [
+        *plain_epoch,
+        *measured_epoch,
+        *measured_epoch,
+        "checkpoint",
+        "export",
+    ]
 
     # Each epoch sees each training image once, in another order and by other views.
     orders = [torch.cat(indices[epoch]) for epoch in (1, 2, 3)]
@@ -652,8 +661,7 @@ def test_two_steps_of_fine_tuning(tiny):
 
 def test_validation_of_fine_tuning(tiny):
     """Plain validation images, in eval mode; nothing changes."""
-    trainer = make_fine_tuning(tiny)
-    disturb_running_statistics(trainer.model.trunk)
+    trainer = make_fine_tuning(tiny, "--zero-init", "False")
     with torch.no_grad():
         # The features of a random trunk nearly coincide: their differences must count.
         trainer.model.softmax_layer.weight *= 100
@@ -764,7 +772,7 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     states = []
     rates = []
     trainers = []
-    results = [(1.0, 0.2), (2.0, 0.5), (3.0, 0.5), (4.0, 0.4)]
+    results = [(1.0, 0.3), (2.0, 0.5), (3.0, 0.2), (4.0, 0.5)]
 
     def after_step(arguments, totals):
         trainer, index, uniforms = arguments

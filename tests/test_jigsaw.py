@@ -195,3 +195,15 @@ def test_the_head_knows_the_order_of_the_patches(non_linear):
         shuffled = head(features.flip(1))
     assert vectors.shape == (3, 128)
     assert (vectors - shuffled).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("non_linear", [False, True])
+def test_the_head_is_linear_unless_it_is_asked_not_to_be(non_linear):
+    """Of a linear map with a bias: h(a) + h(b) = h(a + b) + h(0)."""
+    torch.manual_seed(0)
+    head = Jigsaw().make_head(64, non_linear)
+    a = 10 * torch.randn(3, 9, 64)
+    b = 10 * torch.randn(3, 9, 64)
+    with torch.no_grad():
+        difference = head(a) + head(b) - head(a + b) - head(torch.zeros(3, 9, 64))
+    assert (difference.abs().max() < 1e-3) == (not non_linear)

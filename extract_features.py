@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import atomic_write, load_weights, model_type_of, read_weights
+from checkpoints import (
+    atomic_write,
+    load_weights,
+    model_type_of,
+    read_weights,
+    stem_of,
+)
 from dataset_helpers import STL10_SIDE, list_images, load_images
 from evaluation import EVALUATION_BATCH, trunk_features
 from models import make_trunk
@@ -26,7 +32,7 @@ from run_helpers import (
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser("Features of any images by a trained network, and predictions.")
     add = parser.add_argument
     # fmt: off
     add("--model", type=non_empty, required=True,
@@ -95,9 +101,9 @@ def main(argv=None):
 def make_network(path, weights):
     """(trunk, softmax layer or None) with what read_weights() found in `path`."""
     settings = weights["settings"]
-    # torchvision's files have no settings; their stem is the usual one.
+    # Other projects' files have no settings, but their weights show what they are of.
     model_type = settings.get("model_type") or model_type_of(weights["trunk"])
-    stem = settings.get("stem") or "imagenet"
+    stem = settings.get("stem") or stem_of(weights["trunk"])
     trunk, dimension = make_trunk(model_type, stem)
     modules = {"trunk": trunk}
 

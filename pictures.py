@@ -299,7 +299,7 @@ def drawable_names(names):
         return name != "" and all(bytes(font.getmask(c)) != box for c in name)
 
     return [
-        name if can_draw(name) else str(number)
+        name if can_draw(name) else f"#{number}"
         for number, name in enumerate(names, start=1)
     ]
 

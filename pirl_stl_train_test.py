@@ -163,6 +163,7 @@ def main(argv=None):
     device = choose_device(args)
     resolve_defaults(args, device)
     join_ranks(device)
+    compare_ranks(shared_settings(args))
 
     # The images, then all that is trained on them.
     images, train_count, checksum = dataset_helpers.load_unlabelled(args, device)
@@ -186,7 +187,7 @@ def main(argv=None):
         # An earlier run of this name may have left a checkpoint. If this run is killed
         # before it writes its own, --resume must not go on with that one.
         loop.checkpoint()
-    compare_ranks(shared_settings(args), checksum, state.epoch, state.step)
+    compare_ranks({}, checksum, state.epoch, state.step)
 
     # Rank 0 alone measures kNN and writes TensorBoard's log.
     labelled = None

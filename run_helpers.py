@@ -54,9 +54,7 @@ def run_script(main):
             status=130,
         )
     except BrokenPipeError:
-        # `| head` has read enough, or Ctrl-C has ended `| tee` as well. Python would
-        # complain once more when it flushes standard output at its own end.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # `| head` has read enough, or Ctrl-C has ended `| tee` as well.
         end(
             "the program that read the output has ended: a training script goes on "
             "from its last checkpoint with --resume True"
@@ -83,6 +81,11 @@ def run_script(main):
 
 def end(line, status=1):
     """End the process with one line on standard error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it flushes standard output at its end.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(BrokenPipeError):
         print(error_line(line), file=sys.stderr, flush=True)
     if RANKS > 1:

@@ -38,7 +38,7 @@ TIMEOUT = 60  # seconds of silence until a server is given up
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser("Get the raw STL-10 files and write them as image folders.")
     add = parser.add_argument
     # fmt: off
     add("--raw-dir", type=file_path, default=Path("raw_stl10"),

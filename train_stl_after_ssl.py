@@ -29,6 +29,7 @@ from checkpoints import (
     explain_mismatch,
     load_weights,
     read_weights,
+    stem_of,
 )
 from pictures import (
     confusion_picture,
@@ -156,7 +157,9 @@ def main(argv=None):
     if args.pirl_model_name:
         path, weights = read_weights(args.pirl_model_name, args.weights_dir)
     if args.stem is None:
-        args.stem = weights.get("settings", {}).get("stem", "imagenet")
+        args.stem = "imagenet"
+        if weights:
+            args.stem = weights["settings"].get("stem") or stem_of(weights["trunk"])
     trainer = FineTuning(args, device, path, weights)
     state = TrainingState(device)
 
@@ -687,8 +690,12 @@ def balanced_row(trainer):
     The mean of the classes' accuracies by the finished model: there, accuracy alone may
     hide a bad class.
     """
-    class_sizes = torch.bincount(trainer.labels)
-    if class_sizes.min() == class_sizes.max():
+    balanced = True
+    for labels in (trainer.labels, trainer.test_labels):
+        if labels is not None:
+            class_sizes = torch.bincount(labels)
+            balanced &= (class_sizes == class_sizes[0]).all().item()
+    if balanced:
         return ""
 
     def balanced_accuracy(images, labels):

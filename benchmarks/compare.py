@@ -21,7 +21,9 @@ TEST = 1
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser(
+        "Two finished fine-tunings, of a random and of a PIRL trunk, in one table."
+    )
     parser.add_argument("random", help="the experiment that began with a random trunk")
     parser.add_argument("pirl", help="the experiment that began with a PIRL trunk")
     parser.add_argument(

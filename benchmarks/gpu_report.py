@@ -49,7 +49,7 @@ EPOCH_COLUMNS = [
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser("What a GPU does with this code: its tests, its speed, an epoch.")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],

@@ -40,7 +40,7 @@ CURVES = {
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser("The whole results table, over several seeds.")
     parser.add_argument(
         "--data-dir",
         type=file_path,

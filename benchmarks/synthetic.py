@@ -133,7 +133,7 @@ def write_synthetic(raw, counts, seed):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser("A small data set that needs no download, as raw files.")
     parser.add_argument(
         "--raw-dir",
         type=file_path,

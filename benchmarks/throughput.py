@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse_args(argv=None):
     parser = pirl_stl_train_test.make_parser()
-    parser.description = __doc__.split("\n")[0]
+    parser.description = "A training step beside the bare network."
     group = parser.add_argument_group("measurement")
     group.add_argument(
         "--rounds", type=bounded(int, 1), default=5, help="rounds of each of the three"

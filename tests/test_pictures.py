@@ -138,7 +138,7 @@ def test_names_that_cannot_be_drawn_become_numbers(monkeypatch):
     labels = torch.arange(len(names))
     pictures.confusion_picture(labels, labels, names)
     shown = {text for text in texts if text not in ("0", "100")}
-    assert shown - {texts[0]} == {"cat", "2", "3", "dog 2", "5", "6", "7"}
+    assert shown - {texts[0]} == {"cat", "#2", "#3", "dog 2", "#5", "#6", "#7"}
 
     texts.clear()
     images = plain_images(10, 20)

@@ -284,7 +284,7 @@ def test_more_epochs_for_a_finished_run(pretrain, tmp_path):
     assert outcome.status == 0, outcome.err
     assert "note: the learning rate is 0" in outcome.out
     assert "from the end of epoch 2 on" in outcome.out
-    assert "--tmax-for-cos-decay 3 would" in outcome.out
+    assert "with --tmax-for-cos-decay 3 it would" in outcome.out
 
     assert [float(line["learning_rate"]) for line in table(tmp_path, "exp")][2] == 0
     after = weights(tmp_path, "exp")

@@ -169,7 +169,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images):  # [B, 3, H, W] -> [B, 3, H, W]
-        images = (images - self.mean) / self.std
+        images = (images - self.mean).div_(self.std)
         return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -194,7 +194,7 @@ class ColourJitter(nn.Module):
         The result is float32, normalised, channels-last.
         """
         brightness, contrast, saturation, hue = self.parameters_of(uniforms)
-        return self.recolour(images / 255, brightness, contrast, saturation, hue)
+        return self.recolour(images, brightness / 255, contrast, saturation, hue)
 
     def parameters_of(self, uniforms):
         """uniforms [N, 6] -> brightness, contrast, saturation and hue, each [N].
@@ -217,11 +217,12 @@ class ColourJitter(nn.Module):
     def recolour(self, images, brightness, contrast, saturation, hue):
         """The steps of torchvision's ColorJitter, but clipped only once, at the end.
 
-        images [N, 3, H, W] in 0 … 1, parameters [N]; normalised [N, 3, H, W].
+        images [N, 3, H, W], parameters [N]; normalised [N, 3, H, W].
         """
         images = images * brightness[:, None, None, None]
 
-        mean_gray = TF.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
+        # The gray of the mean colour is the mean of the grays.
+        mean_gray = TF.rgb_to_grayscale(images.mean((2, 3), keepdim=True))
         images = torch.lerp(mean_gray, images, contrast[:, None, None, None])
 
         gray = TF.rgb_to_grayscale(images)

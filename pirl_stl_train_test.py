@@ -287,15 +287,19 @@ def pirl_loss(image_vectors, pretext_vectors, memory, negatives, excluded, args)
     f = F.normalize(image_vectors.float(), dim=1)  # f(φ(I)),   [B, 128]
     g = F.normalize(pretext_vectors.float(), dim=1)  # g(φ(I_t)), [B, 128]
 
-    # Both must find m_I among the negatives. --positive pair lets g find f instead.
+    # Both must find m_I among the negatives. --positive pair lets g find f instead. Side
+    # by side, both take one product with the negatives, which halves its backward pass.
     target = f if args.positive == "pair" else memory
-    temperature = args.temp_parameter
-    pretext_logits = candidate_logits(target, g, negatives, excluded, temperature)
-    image_logits = candidate_logits(memory, f, negatives, excluded, temperature)
+    logits = candidate_logits(
+        torch.cat([target, memory]),
+        torch.cat([g, f]),
+        negatives,
+        torch.cat([excluded, excluded]),
+        args.temp_parameter,
+    )  # [2·B, 1 + C]
 
     criterion = nce if args.loss == "nce" else modified_nce
-    pretext_term = criterion(pretext_logits)
-    image_term = criterion(image_logits)
+    pretext_term, image_term = criterion(logits).chunk(2)
     return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
 
 

@@ -146,7 +146,7 @@ def test_names_that_cannot_be_drawn_become_numbers(monkeypatch):
     pictures.neighbour_picture(
         images, labels, images[:, None], labels[:, None], ["cat", "Löwe"]
     )
-    assert texts == ["cat", "cat", "2", "2"]
+    assert texts == ["cat", "cat", "#2", "#2"]
 
 
 def test_long_names_keep_their_beginning(monkeypatch):

@@ -287,8 +287,8 @@ def pirl_loss(image_vectors, pretext_vectors, memory, negatives, excluded, args)
     f = F.normalize(image_vectors.float(), dim=1)  # f(φ(I)),   [B, 128]
     g = F.normalize(pretext_vectors.float(), dim=1)  # g(φ(I_t)), [B, 128]
 
-    # Both must find m_I among the negatives. --positive pair lets g find f instead. Side
-    # by side, both take one product with the negatives, which halves its backward pass.
+    # Both must find m_I among the negatives. --positive pair lets g find f instead.
+    # Stacked, both take one product with the negatives and one backward pass of it.
     target = f if args.positive == "pair" else memory
     logits = candidate_logits(
         torch.cat([target, memory]),

@@ -156,7 +156,8 @@ NEVER_RESTORED = {
     "resume",
 }
 # What a resumed run of either script may change. All other flags are refused if they
-# differ; so is a flag that is added to a script, without being named anywhere.
+# differ, also one that is added to a script later (once a checkpoint has a value for
+# it).
 CHANGEABLE = {"checkpoint_minutes", "precision"}
 
 
@@ -344,9 +345,9 @@ def read_weights(name, weights_dir):
 
     The file is a model or a checkpoint of the training scripts, or holds another
     project's ResNet. The content is a dict: state dicts under the names in PARTS,
-    "settings" ({} of other projects), "from_checkpoint" (whether its run may not have
-    ended: the batch-norm statistics are not those of plain images) and, where there are
-    any, "kind", "classes" and "history".
+    "settings" ({} of other projects), "from_checkpoint" (True for a .ckpt, whose
+    batch-norm statistics are not those of plain images) and, where there are any,
+    "kind", "classes" and "history".
     """
     name = os.path.expanduser(name)
     candidates = [

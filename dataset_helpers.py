@@ -146,15 +146,16 @@ def from_32_bits(image):
 
 
 # ---- From files to a tensor ----------------------------------------------------------
-def load_images(files, side, device, description, shared=False):
+def load_images(files, side, device, description, all_ranks=False):
     """(uint8 [N, 3, side, side] on `device`, a CRC-32 of it) of image files, in order.
 
-    shared: all ranks call this, and those of a node have one copy of the images, where
+    all_ranks: all of them call this. Those of a node have one copy of the images, where
     these are on the host.
     """
     shape = (len(files), 3, side, side)
-    one_copy = shared and device.type == "cpu" and LOCAL_RANKS > 1
-    check_memory(shape, device, copies=1 if one_copy else LOCAL_RANKS)
+    one_copy = all_ranks and device.type == "cpu" and LOCAL_RANKS > 1
+    copies = LOCAL_RANKS if all_ranks and not one_copy else 1
+    check_memory(shape, device, copies)
 
     if one_copy:
         images = node_shared_tensor(shape)
@@ -258,7 +259,7 @@ def place_images(wish, count, side, device):
 def check_memory(shape, device, copies):
     """Refuse images that do not fit, before an hour is spent on decoding them.
 
-    copies: how many are made on this node, one by each rank.
+    copies: how many are made on this node.
     """
     count, _, side, _ = shape
 
@@ -318,7 +319,7 @@ def load_unlabelled(args, device):
     print(
         f"{len(files)} images take {len(files) * 3 * side**2 / 1e9:.3g} GB", flush=True
     )
-    images, checksum = load_images(files, side, place, folder.name, shared=True)
+    images, checksum = load_images(files, side, place, folder.name, all_ranks=True)
     return images, train_count, checksum
 
 
@@ -355,7 +356,7 @@ def load_labelled(folder, side, device, classes=None):
             )
     if len(classes) < 2 or not files_of:
         raise UserError(
-            f"{folder} holds no images, or of one class",
+            f"{folder} holds no images, or images of one class only",
             "add images of two or more classes, each in a folder, or run "
             "stl10_data_load.py first",
         )

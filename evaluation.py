@@ -1,6 +1,7 @@
 """Features of plain images, their batch-norm statistics, and k nearest neighbours."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,10 @@ def with_plain_bn_statistics(trunk, images, batch_size):
     images: uint8 [N, 3, S, S], whole and unaugmented, as evaluation feeds them.
     """
     trunk = copy.deepcopy(trunk)
-    # All batches count alike in the mean, so they are made nearly equal in size.
-    batches = max(1, len(images) // min(batch_size, EVALUATION_BATCH))
-    update_bn((normalize(batch) for batch in images.chunk(batches)), trunk)
+    # All batches count alike in the mean, so they are of equal size, or one more.
+    count = math.ceil(len(images) / min(batch_size, EVALUATION_BATCH))
+    batches = images.tensor_split(count)
+    update_bn((normalize(batch) for batch in batches), trunk)
     return trunk.eval()
 
 

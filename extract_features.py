@@ -106,6 +106,11 @@ def make_network(path, weights):
     stem = settings.get("stem") or stem_of(weights["trunk"])
     trunk, dimension = make_trunk(model_type, stem)
     modules = {"trunk": trunk}
+    if weights["from_checkpoint"]:
+        print(
+            f"note: {path} is a checkpoint: the finished model, a .pt file, has the "
+            "batch-norm statistics of whole images, which give better features"
+        )
 
     softmax_layer = None
     if "softmax_layer" in weights:

@@ -274,6 +274,7 @@ def nce(logits):
     # Of the others, h is 1/2 at most. The column of the largest is filled in.
     h = log_h.scatter(1, top, -math.inf).exp()
     log_not_h = torch.log1p(-h).scatter(1, top, log_not_top)
+    # Column 0 is the positive, which has no such term.
     return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
 
 
@@ -448,11 +449,11 @@ class Pretraining:
         # with a stand-in, an image that will not count.
         shares = index.tensor_split(RANKS)
         has_share = len(shares[RANK]) > 0
-        local_index = shares[RANK] if has_share else index[:1]
+        share = shares[RANK] if has_share else index[:1]
 
-        images = self.take_images(local_index)
-        device_index = to_device(index, self.device)
-        local_index = to_device(local_index, self.device)
+        images = self.take_images(share)
+        local_index = to_device(share, self.device)
+        batch_index = to_device(index, self.device)
         local_uniforms = uniforms.index_select(0, local_index)
         image_vectors, pretext_vectors = self.run_network(
             images, local_uniforms, full_batch=len(index) == args.batch_size
@@ -463,7 +464,7 @@ class Pretraining:
         all_vectors = gather_rows(image_vectors.float(), counts)
 
         # The negatives: from the bank, the same draw on all ranks, and from the batch.
-        # Into the batch's vectors, gradients flow.
+        # Gradients flow into the batch's vectors.
         generator = make_generator(self.device, args.seed, NEGATIVES, epoch, step)
         negatives, excluded = self.bank.draw_negatives(
             local_index, self.negative_count, generator
@@ -472,7 +473,7 @@ class Pretraining:
         correct = pretext_correct(pretext_vectors, memory, negatives, excluded)
         if args.batch_negatives:
             batch_vectors = F.normalize(all_vectors, dim=1)
-            own_vector = local_index[:, None] == device_index  # [b, B]
+            own_vector = local_index[:, None] == batch_index  # [b, B]
             negatives = torch.cat([negatives, batch_vectors])
             excluded = torch.cat([excluded, own_vector], dim=1)
 
@@ -506,7 +507,7 @@ class Pretraining:
         """The images `index` [b], an index on the host, as uint8 on the device."""
         if self.images.device == self.device:
             return self.images.index_select(0, to_device(index, self.device))
-        # From pinned memory, the copy to the device goes on while the host does.
+        # From pinned memory, the copy to the device runs while the host continues.
         size = (len(index), *self.images.shape[1:])
         batch = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         torch.index_select(self.images, 0, index, out=batch)
@@ -573,7 +574,7 @@ def validate(trainer, uniforms, epoch):
     index = torch.arange(first, first + count)
     totals = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     for number, batch in enumerate(index.split(trainer.args.batch_size)):
-        # Counted on from the epoch's steps, for negatives of their own.
+        # Steps after the epoch's last, so that their negatives are other draws.
         step = trainer.steps_per_epoch + number
         image_vectors, losses, correct = trainer.forward_batch(
             batch, uniforms, epoch, step
@@ -686,6 +687,11 @@ def warm_start(trainer, state, experiment):
     args = trainer.args
     name = args.pirl_model_name or str(experiment.model_file)
     path, weights = read_weights(name, args.weights_dir)
+    if not args.pirl_model_name and weights.get("kind") != "PIRL weights":
+        raise UserError(
+            f"{path} is no pretrained model, and this run would replace it",
+            "choose another --experiment-name",
+        )
     modules = dict(trainer.model.named_children())
     load_weights(modules, weights, path)
 

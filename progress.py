@@ -53,9 +53,9 @@ def progress_bar(total, description, unit, done=0, **options):
 class LoopControl:
     """Controls a training loop between its steps.
 
-    Inside its `with` block, SIGTERM, Ctrl-C and their like, once or often, are noted:
-    the loop asks for them where it can be left, so none comes in the middle of a step,
-    of validation or of a file. All ranks leave it together.
+    Inside its `with` block, SIGTERM, Ctrl-C and their like are only noted, once or
+    several times. The loop asks for them where it can be left, so none comes in the
+    middle of a step, of validation or of a file. All ranks leave it together.
     """
 
     def __init__(self, trainer, state, experiment, save, title, advice):

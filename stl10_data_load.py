@@ -56,7 +56,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
 
-    # Who unpacked the archive by hand may have the files in the folder itself.
+    # Someone who unpacked the archive by hand may have the files in the folder itself.
     raw = args.raw_dir / STL10.base_folder
     if (args.raw_dir / "train_X.bin").exists():
         raw = args.raw_dir

@@ -324,7 +324,9 @@ def test_classes_of_another_folder(tmp_path):
 @pytest.mark.parametrize("classes", [[], ["cat"]])
 def test_less_than_two_classes_are_refused(tmp_path, classes):
     write_classes(tmp_path, classes, 2)
-    with pytest.raises(UserError, match="holds no images, or of one class: add"):
+    with pytest.raises(
+        UserError, match="holds no images, or images of one class only: add"
+    ):
         load_labelled(tmp_path, 36, CPU)
 
 

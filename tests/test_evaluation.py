@@ -69,7 +69,7 @@ def test_exported_statistics_are_those_of_a_pass_over_whole_images(
             module.register_forward_hook(note_statistics(name))
     with torch.no_grad():
         resnet.train()
-        for batch in training_images.chunk(70 // 16):
+        for batch in training_images.split(14):
             resnet(normalize(batch))
 
     assert len(means) == 20
@@ -103,3 +103,21 @@ def test_batches_without_training_are_small_whatever_the_batch_size(monkeypatch)
         evaluation.with_plain_bn_statistics(trunk, images, batch_size)
         assert sum(sizes) == 300
         assert max(sizes) < 2 * min(batch_size, 128)
+
+
+def test_all_images_count_nearly_alike_in_the_plain_statistics(monkeypatch):
+    """update_bn() takes the mean over batches: a small last one would count more."""
+    sizes = []
+
+    def note_sizes(batches, trunk):
+        sizes.extend(len(batch) for batch in batches)
+
+    monkeypatch.setattr(evaluation, "update_bn", note_sizes)
+    images = torch.zeros(420, 3, 4, 4, dtype=torch.uint8)
+    evaluation.with_plain_bn_statistics(torch.nn.Identity(), images, 32)
+    assert sum(sizes) == 420
+    assert set(sizes) == {30}
+
+    sizes.clear()
+    evaluation.with_plain_bn_statistics(torch.nn.Identity(), images[:33], 32)
+    assert sizes == [17, 16]

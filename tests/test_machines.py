@@ -635,14 +635,12 @@ def test_compile_without_the_headers_of_python(call, tiny, tmp_path, monkeypatch
 def test_free_memory_is_divided_by_the_ranks_of_a_node(data_dir, memory, monkeypatch):
     files = sorted((data_dir / "unlabelled").iterdir())
     monkeypatch.setattr(dataset_helpers, "LOCAL_RANKS", 4)
-    memory(card=10**12, host=4 * HUNDRED_IMAGES)
-    load_images(files, 36, CPU, "images")
+    memory(card=10**12, host=HUNDRED_IMAGES)
+    load_images(files, 36, CPU, "images")  # by this rank alone
 
     memory(card=10**12, host=4 * HUNDRED_IMAGES - 1)
     with pytest.raises(UserError, match=r"there is room for 0\.000389 GB"):
-        load_images(files, 36, CPU, "images")
-    with pytest.raises(UserError, match=r"there is room for 0\.000389 GB"):
-        load_images(files, 36, CUDA, "images", shared=True)
+        load_images(files, 36, CUDA, "images", all_ranks=True)
 
 
 @pytest.fixture
@@ -667,7 +665,7 @@ def test_ranks_of_a_node_need_memory_for_one_copy(
 ):
     files = sorted((data_dir / "unlabelled").iterdir())
     memory(card=0, host=HUNDRED_IMAGES)
-    images, _ = load_images(files, 36, CPU, "images", shared=True)
+    images, _ = load_images(files, 36, CPU, "images", all_ranks=True)
     memory(card=0, host=2 * HUNDRED_IMAGES)
     alone, _ = load_images(files, 36, CPU, "images")
     assert images[::2].equal(alone[::2])
@@ -676,7 +674,7 @@ def test_ranks_of_a_node_need_memory_for_one_copy(
 
     memory(card=0, host=HUNDRED_IMAGES - 1)
     with pytest.raises(UserError, match="use a smaller --image-size"):
-        load_images(files, 36, CPU, "images", shared=True)
+        load_images(files, 36, CPU, "images", all_ranks=True)
 
 
 def test_other_ranks_of_a_node_take_its_first_rank_s_file(

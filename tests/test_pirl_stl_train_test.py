@@ -754,3 +754,13 @@ def test_overfits_64_images(call, tmp_path):
     accuracies = [float(line["train_acc"]) for line in table(tmp_path, "overfit")]
     assert max(accuracies) > 0.9
     assert time.process_time() - started < 240
+
+
+def test_a_warm_start_does_not_replace_a_fine_tuning(call, tiny, tmp_path):
+    flags = (*tiny, "--epochs", 1, "--experiment-name", "exp")
+    assert call("train_stl_after_ssl", *flags).status == 0
+    before = (tmp_path / "weights/exp.ckpt").read_bytes()
+
+    outcome = call("pirl_stl_train_test", *flags, "--warm-start")
+    assert outcome.is_one_line_error("exp.pt is no pretrained model")
+    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before

@@ -129,7 +129,7 @@ def download(url, md5, raw_dir):
     if not md5 and url == STL10.url:
         md5 = STL10.tgz_md5
     if md5 and calculate_md5(part) != md5:
-        # Nothing can go on from a damaged file: the next run begins anew.
+        # Nothing can go on from a damaged file: the next run begins again.
         part.unlink()
         raise UserError(
             f"the file at {url} is damaged or another one (its MD5 is not {md5})",

@@ -141,7 +141,7 @@ def finished_run(folder, name, script, flags):
     if record.exists() and record.read_text("utf-8") != command + "\n":
         raise UserError(
             f"{record} is the command of {name}, not {command}",
-            f"remove {folder} to run all anew",
+            f"remove {folder} to run all again",
         )
 
     if not weights.exists():

@@ -273,7 +273,7 @@ def test_each_experiment_has_a_table_of_its_own(call, tiny, tmp_path):
     assert first.count("Only softmax layer is fine tuned") == 1
     assert (folder / "b_results.md").read_text().startswith("## b\n")
 
-    # A resumed run of the name writes it anew.
+    # A resumed run of the name writes it again.
     resumed = call("train_stl_after_ssl", *tiny, "--experiment-name", "a", "--resume")
     assert resumed.status == 0, resumed.err
     again = (folder / "a_results.md").read_text()

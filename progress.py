@@ -84,10 +84,11 @@ class LoopControl:
         # Only a program's main thread may handle signals; a notebook may use others.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # Under nohup SIGHUP is ignored, so that a run outlives its connection.
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    before = signal.signal(number, self.note_signal)
-                    self.handlers_before[number] = before
+                before = signal.signal(number, self.note_signal)
+                self.handlers_before[number] = before
+                if number.name == "SIGHUP" and before == signal.SIG_IGN:
+                    # So it is under nohup: the run is to outlive its connection.
+                    signal.signal(number, signal.SIG_IGN)
         return self
 
     def __exit__(self, *error):

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import distributed
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from progress import progress_bar
+from progress import in_threads
 from run_helpers import (
     LOCAL_RANK,
     LOCAL_RANKS,
@@ -177,7 +176,6 @@ def decode(files, images, description):
     """
     side = images.shape[-1]
     problems = []
-    bar = progress_bar(len(files), f"reading {description}", " images")
 
     def read(row):
         try:
@@ -185,11 +183,10 @@ def decode(files, images, description):
         except Exception as error:
             # Pillow raises a dozen kinds of error for bytes that are no image.
             problems.append(f"{files[row]} ({error})")
-        bar.update()
 
     # Pillow warns of odd metadata, which does not matter here.
-    with warnings.catch_warnings(action="ignore"), bar, ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(len(files))))
+    with warnings.catch_warnings(action="ignore"):
+        in_threads(read, range(len(files)), f"reading {description}")
 
     if problems:
         names = ", ".join(sorted(problems)[:10])

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import distributed
@@ -48,6 +49,19 @@ def progress_bar(total, description, unit, done=0, **options):
         leave=False,
         **options,
     )
+
+
+def in_threads(function, items, description):
+    """[function(item) for item in items], by a thread per core, with a progress bar."""
+    bar = progress_bar(len(items), description, " images")
+
+    def task(item):
+        result = function(item)
+        bar.update()
+        return result
+
+    with bar, ThreadPoolExecutor() as pool:
+        return list(pool.map(task, items))
 
 
 class LoopControl:

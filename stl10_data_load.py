@@ -13,7 +13,6 @@ import tarfile
 import urllib.error
 import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from checkpoints import atomic_write
 from dataset_helpers import STL10_SIDE
-from progress import progress_bar
+from progress import in_threads, progress_bar
 from run_helpers import Parser, UserError, file_path, run_script
 
 MD5 = dict(STL10.train_list + STL10.test_list)  # of the release's raw files
@@ -375,19 +374,6 @@ def write_split(raw, data_dir, split, indices=None):
         os.replace(part, paths[index])
 
     in_threads(write, indices, f"writing {split}")
-
-
-def in_threads(function, items, description):
-    """[function(item) for item in items], by a thread per core, with a progress bar."""
-    bar = progress_bar(len(items), description, " images")
-
-    def task(item):
-        result = function(item)
-        bar.update()
-        return result
-
-    with bar, ThreadPoolExecutor() as pool:
-        return list(pool.map(task, items))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,16 @@ def tiny(data_dir, tmp_path):
     # fmt: on
 
 
+@pytest.fixture
+def pretrain(call, tiny):
+    """pretrain(name, *flags) is a tiny run under this name: 2 epochs of 5 steps."""
+
+    def pretrain(name, *flags):
+        return call("pirl_stl_train_test", *tiny, "--experiment-name", name, *flags)
+
+    return pretrain
+
+
 class ThinResNet18(torchvision.models.ResNet):
     """ResNet-18 with an eighth of the channels behind the stem.
 

@@ -39,16 +39,6 @@ WARM_START = ("--warm-start", "--cont-epoch", 2)
 
 
 @pytest.fixture
-def pretrain(call, tiny):
-    """pretrain(name, *flags) is a tiny run under this name."""
-
-    def pretrain(name, *flags):
-        return call("pirl_stl_train_test", *tiny, "--experiment-name", name, *flags)
-
-    return pretrain
-
-
-@pytest.fixture
 def own_data(data_dir, tmp_path):
     """A copy of the images that a test may change. Its flag: --data-dir own_data."""
     return shutil.copytree(data_dir, tmp_path / "own")

@@ -34,16 +34,6 @@ from progress import LoopControl
 
 
 @pytest.fixture
-def pretrain(call, tiny):
-    """pretrain(name, *flags) is a tiny run under this name: 2 epochs of 5 steps."""
-
-    def pretrain(name, *flags):
-        return call("pirl_stl_train_test", *tiny, "--experiment-name", name, *flags)
-
-    return pretrain
-
-
-@pytest.fixture
 def saved(monkeypatch):
     """A list that gets the run's name for each checkpoint that is written."""
     saved = []

@@ -92,7 +92,7 @@ class LabelledView(nn.Module):
 
         brightness = between(brightness_uniforms, *LABELLED_BRIGHTNESS)
         view = view / 255 * brightness[:, :, None, None]
-        return self.normalize(view.clamp(0, 1))
+        return self.normalize(view.clamp(max=1))
 
 
 def between(uniforms, low, high):

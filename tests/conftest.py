@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,15 +156,44 @@ def pretrain(call, tiny):
     return pretrain
 
 
-class ThinResNet18(torchvision.models.ResNet):
-    """ResNet-18 with an eighth of the channels behind the stem.
+@pytest.fixture(scope="session")
+def kept_runs():
+    """The folders of finished runs, by their names and flags."""
+    return {}
 
-    torchvision's names, a fiftieth of its weights.
+
+@pytest.fixture
+def finished(pretrain, kept_runs, tmp_path, tmp_path_factory):
+    """finished(name, *flags) writes the files of such a run of pretrain().
+
+    The run itself is made once, and copied from then on.
+    """
+
+    def finished(*run):
+        if run not in kept_runs:
+            folder = tmp_path_factory.mktemp("finished")
+            # fmt: off
+            outcome = pretrain(
+                *run, "--weights-dir", folder / "weights",
+                "--observations-dir", folder / "observations",
+            )
+            # fmt: on
+            assert outcome.status == 0, outcome.err
+            kept_runs[run] = folder
+        shutil.copytree(kept_runs[run], tmp_path, dirs_exist_ok=True)
+
+    return finished
+
+
+class ThinResNet(torchvision.models.ResNet):
+    """A ResNet of one block per stage, with an eighth of ResNet-18's channels there.
+
+    torchvision's names, a hundredth of ResNet-18's weights.
     """
 
     def __init__(self, weights=None, **options):
         block = torchvision.models.resnet.BasicBlock
-        super().__init__(block, [2, 2, 2, 2], **options)
+        super().__init__(block, [1, 1, 1, 1], **options)
         self.fc = torch.nn.Linear(64, 1000)
 
     def _make_layer(self, block, planes, *rest, **options):
@@ -177,7 +207,7 @@ def thin_trunk(request, monkeypatch):
     Where the network itself matters: mark the test full_trunk.
     """
     if "full_trunk" not in request.keywords:
-        monkeypatch.setitem(models.TRUNKS, "res18", ThinResNet18)
+        monkeypatch.setitem(models.TRUNKS, "res18", ThinResNet)
 
 
 def pytest_collection_modifyitems(items):

@@ -29,7 +29,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from conftest import ThinResNet18, write_raw
+from conftest import ThinResNet, write_raw
 from records import parts_of, same, weights
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
@@ -404,7 +404,7 @@ def scripts():
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_data(folder)
-        thin = mock.patch.dict(models.TRUNKS, res18=ThinResNet18)
+        thin = mock.patch.dict(models.TRUNKS, res18=ThinResNet)
         stack.enter_context(thin)
         stack.enter_context(label(Pretraining, "train_step"))
         stack.enter_context(label(train_stl_after_ssl.FineTuning, "train_step"))

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from conftest import ThinResNet18
+from conftest import ThinResNet
 from torch import distributed, nn
 
 import dataset_helpers
@@ -124,7 +124,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     what = sys.argv[2]
     sys.argv = [sys.argv[0], *sys.argv[3:]]
-    models.TRUNKS["res18"] = ThinResNet18
+    models.TRUNKS["res18"] = ThinResNet
     put_in(what)
     try:
         run_script(pirl_stl_train_test.main)

@@ -17,7 +17,7 @@ import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import PIXEL_MEAN, PIXEL_STD
 from checkpoints import Experiment
-from run_helpers import NEGATIVES, make_generator
+from run_helpers import BANK, NEGATIVES, ORDER, VIEWS, make_generator
 
 CPU = torch.device("cpu")
 SIDE = 36
@@ -405,11 +405,79 @@ def test_the_accuracies_above_are_not_all_trivial():
     assert 0 < correct < TRAIN_IMAGES
 
 
+def test_validation_takes_the_running_statistics_of_rank_0(monkeypatch):
+    """Two ranks; the totals of the batches are summed over both, in double precision.
+
+    A float32 total of 2^24 would stay the same whatever is added.
+    """
+    trainer = make_pretraining("--batch-size", 4)
+    uniforms = trainer.epoch_uniforms(1)
+    sums = iter([2.0**24, 1.0])
+    broadcast = []
+    reduced = []
+
+    def forward_batch(index, uniforms, epoch, step):
+        vectors = torch.ones(len(index), 128)
+        losses = torch.tensor([next(sums), 0, 0, 0])
+        return vectors, losses, torch.tensor([True, True, False, False])
+
+    def take_over(buffer, rank):
+        broadcast.append((buffer.data_ptr(), rank))
+
+    connection = SimpleNamespace(broadcast=take_over, all_reduce=reduced.append)
+    monkeypatch.setattr(pirl_stl_train_test, "distributed", connection)
+    monkeypatch.setattr(trainer, "forward_batch", forward_batch)
+    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    result = pirl_stl_train_test.validate(trainer, uniforms, 1)
+
+    assert result == ((2**24 + 1) / VALIDATION_IMAGES, 0.5)
+    assert len(reduced) == 2
+    assert broadcast == [(buffer.data_ptr(), 0) for buffer in trainer.model.buffers()]
+
+
 def test_validation_without_images():
     trainer = make_pretraining()
     trainer.images = trainer.images[:TRAIN_IMAGES]
     uniforms = trainer.epoch_uniforms(1)
     assert pirl_stl_train_test.validate(trainer, uniforms, 1) == (None, None)
+
+
+# ---- Random numbers, and where tensors are made ---------------------------------------
+def test_order_views_and_bank_are_functions_of_the_seed():
+    """Each has a stream of its own, which no other use of random numbers moves."""
+    trainer = make_pretraining("--seed", 5)
+    torch.manual_seed(7)  # as if much had been drawn meanwhile
+    torch.rand(3)
+
+    generator = make_generator("cpu", 5, ORDER, 2)
+    order = torch.randperm(TRAIN_IMAGES, generator=generator)
+    batches = trainer.epoch_batches(2)
+    assert [len(batch) for batch in batches] == [6, 4]
+    assert torch.cat(batches).equal(order)
+
+    images = TRAIN_IMAGES + VALIDATION_IMAGES
+    generator = make_generator("cpu", 5, VIEWS, 2)
+    uniforms = torch.rand(images, 96, generator=generator)
+    assert trainer.epoch_uniforms(2).equal(uniforms)
+
+    generator = make_generator("cpu", 5, BANK)
+    vectors = torch.randn(images, 128, generator=generator)
+    vectors = vectors / vectors.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(trainer.bank.vectors, vectors)
+
+
+def test_a_step_makes_no_tensor_on_another_device():
+    """Where device= is forgotten, a tensor would be made on the default device.
+
+    Here that is "meta", whose tensors have no numbers.
+    """
+    trainer = make_pretraining()
+    uniforms = trainer.epoch_uniforms(1)
+    index = torch.arange(6)
+    with torch.device("meta"):
+        totals = trainer.train_step(index, uniforms, 1, 0)
+        assert trainer.epoch_uniforms(2).device == CPU
+    assert totals.isfinite().all()
 
 
 # ---- The exported trunk --------------------------------------------------------------
@@ -695,8 +763,9 @@ def test_the_softmax_stage(tiny):
     lr = 0.3
     decay = 0.01
     epochs = 6
-    # With this seed, the fourth epoch is the best, and the two after it are as good.
-    flags = ("--seed", 8, "--epochs", epochs, "--lr", lr, "--weight-decay", decay)
+    seed = 39
+    # With this seed, the fourth epoch is the best, and the last one is as good.
+    flags = ("--seed", seed, "--epochs", epochs, "--lr", lr, "--weight-decay", decay)
     trainer = make_fine_tuning(tiny, *flags)
     labels = trainer.labels
     train = trainer.train_index
@@ -721,7 +790,7 @@ def test_the_softmax_stage(tiny):
     accuracies = []
     kept = []
     for epoch in range(1, epochs + 1):
-        order, chosen = train_stl_after_ssl.epoch_order(train, 2, 8, epoch)
+        order, chosen = train_stl_after_ssl.epoch_order(train, 2, seed, epoch)
         assert sorted(order.tolist()) == sorted(train.tolist())
         assert set(chosen.tolist()) == {0, 1}
         pairs = list(zip(order.tolist(), chosen.tolist(), strict=True))

@@ -194,7 +194,6 @@ def test_weights_that_cannot_be_used(call, tiny, tmp_path):
     assert outcome.is_one_line_error("nowhere")
 
 
-@pytest.mark.full_trunk
 def test_weights_of_another_architecture(call, tiny):
     run = ("--epochs", 1, "--experiment-name", "exp")
     assert call("pirl_stl_train_test", *tiny, *run).status == 0

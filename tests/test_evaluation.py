@@ -1,9 +1,11 @@
 """kNN, and the batch-norm statistics that features are computed with."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
-import torchvision
-from conftest import make_trainer
+from conftest import ThinResNet, make_trainer
 from records import weights
 
 import evaluation
@@ -39,7 +41,6 @@ def test_knn_accuracy_against_loops():
     assert knn_accuracy(few, labels[:3], few, labels[:3]) == 1.0
 
 
-@pytest.mark.full_trunk
 def test_exported_statistics_are_those_of_a_pass_over_whole_images(
     call, tiny, tmp_path
 ):
@@ -48,7 +49,7 @@ def test_exported_statistics_are_those_of_a_pass_over_whole_images(
     trunk = weights(tmp_path, "exp")["trunk"]
     training_images = make_trainer(tiny).images[:70]
 
-    resnet = torchvision.models.resnet18()
+    resnet = ThinResNet()
     resnet.load_state_dict(trunk, strict=False)
     means = {}
     variances = {}
@@ -72,7 +73,7 @@ def test_exported_statistics_are_those_of_a_pass_over_whole_images(
         for batch in training_images.split(14):
             resnet(normalize(batch))
 
-    assert len(means) == 20
+    assert len(means) == 13
     for name in means:
         mean = torch.stack(means[name]).mean(0)
         variance = torch.stack(variances[name]).mean(0)
@@ -80,6 +81,40 @@ def test_exported_statistics_are_those_of_a_pass_over_whole_images(
         found_variance = trunk[f"{name}.running_var"]
         torch.testing.assert_close(found_mean, mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found_variance, variance, rtol=1e-3, atol=1e-4)
+
+
+def test_features_are_of_plain_images_unless_mirrored(monkeypatch):
+    """In the order of the images, in eval mode, with a bar over all of them."""
+    trunk, _ = make_trunk("res18", zero_init=False)
+    trunk.train()
+    images = torch.randint(0, 256, (5, 3, 36, 36), dtype=torch.uint8)
+    bars = []
+    updates = []
+
+    @contextlib.contextmanager
+    def note_bar(*arguments):
+        bars.append(arguments)
+        yield SimpleNamespace(update=updates.append)
+
+    monkeypatch.setattr(evaluation, "progress_bar", note_bar)
+    plain = evaluation.trunk_features(trunk, images, 2)
+    mirrored = evaluation.trunk_features(trunk, images, 2, flip=True)
+
+    assert not trunk.training
+    with torch.no_grad():
+        torch.testing.assert_close(plain, trunk(normalize(images)))
+        torch.testing.assert_close(mirrored, trunk(normalize(images.flip(3))))
+    assert (plain - mirrored).abs().max() > 0.01
+    assert bars == [(5, "features", " images")] * 2
+    assert updates == [2, 2, 1] * 2
+
+
+def test_knn_counts_its_votes_where_the_features_are():
+    """On the default device they would be on another: here on one without numbers."""
+    features = torch.eye(6)
+    labels = torch.arange(6)
+    with torch.device("meta"):
+        assert knn_accuracy(features, labels, features, labels) == 1
 
 
 def test_batches_without_training_are_small_whatever_the_batch_size(monkeypatch):

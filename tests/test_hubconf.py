@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ThinResNet18
+from conftest import ROOT, ThinResNet
 from PIL import Image
 
 import hubconf
@@ -102,7 +102,7 @@ def test_the_preprocessing_is_that_of_training(tmp_path):
 def test_another_project_s_trunk(tmp_path, capsys):
     """It has no settings: the usual stem, and images of STL-10's size."""
     torch.manual_seed(0)
-    resnet = ThinResNet18()
+    resnet = ThinResNet()
     state_dict = torch.nn.ModuleDict({"encoder_q": resnet}).state_dict()
     torch.save({"state_dict": state_dict}, tmp_path / "moco.pth")
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pytest
 import rank_worker
 import torch
-from conftest import ThinResNet18, make_trainer
+from conftest import ThinResNet, make_trainer
 from records import (
     TRAINED,
     checkpoint,
@@ -308,7 +308,7 @@ def test_nan_of_fp16_is_one_line_that_names_float32(
     def broken(module, inputs, output):
         return output * float("nan") if output.dtype == torch.float16 else output
 
-    class BrokenResNet18(ThinResNet18):
+    class BrokenResNet18(ThinResNet):
         def __init__(self, **options):
             super().__init__(**options)
             self.layer4.register_forward_hook(broken)
@@ -794,7 +794,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     put_in(sys.argv[2])
     del sys.argv[1:3]
-    models.TRUNKS["res18"] = ThinResNet18
+    models.TRUNKS["res18"] = ThinResNet
     try:
         run_script(pirl_stl_train_test.main)
     finally:

@@ -202,8 +202,8 @@ CELLS = [
     import sys
     sys.path[:0] = [ROOT, ROOT + "/tests"]
     import models
-    from conftest import ThinResNet18
-    models.TRUNKS["res18"] = ThinResNet18
+    from conftest import ThinResNet
+    models.TRUNKS["res18"] = ThinResNet
     """,
     """
     import pirl_stl_train_test

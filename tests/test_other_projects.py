@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from conftest import ThinResNet18
+from conftest import ThinResNet
 from torch import nn
 
 from checkpoints import find_trunk, read_torch_file, read_weights
@@ -16,9 +16,9 @@ from run_helpers import UserError
 
 
 def make_resnet(seed, stem="imagenet"):
-    """A thin ResNet-18 of random numbers, its running statistics included."""
+    """A thin ResNet of random numbers, its running statistics included."""
     generator = torch.Generator().manual_seed(seed)
-    resnet = ThinResNet18()
+    resnet = ThinResNet()
     if stem == "small":
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     for value in resnet.state_dict().values():
@@ -401,8 +401,8 @@ def test_pretraining_and_features_by_lightly(call, tiny, tmp_path, data_dir):
     outcome = call("pirl_stl_train_test", *tiny, *run, "--experiment-name", "exp")
     assert outcome.status == 0, outcome.err
     saved = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
-    weight = saved["trunk"]["layer4.1.conv2.weight"]
-    assert torch.equal(weight, resnet.layer4[1].conv2.weight)
+    weight = saved["trunk"]["layer4.0.conv2.weight"]
+    assert torch.equal(weight, resnet.layer4[0].conv2.weight)
 
     out = tmp_path / "f.npz"
     files = ("--images", data_dir / "test", "--image-size", 36, "--out", out)
@@ -480,11 +480,11 @@ def test_a_file_without_a_resnet_in_a_run(call, tiny, tmp_path):
 
 def test_a_resnet_of_other_widths_is_refused_by_its_tensors(call, tiny, tmp_path):
     content = trunk_of(make_resnet(1))
-    content["layer4.1.bn2.weight"] = torch.ones(65)
+    content["layer4.0.bn2.weight"] = torch.ones(65)
     path = tmp_path / "wide.pth"
     torch.save(content, path)
     outcome = call("train_stl_after_ssl", *tiny, "--pirl-model-name", path)
-    assert outcome.is_one_line_error(path, "layer4.1.bn2.weight", "--model-type")
+    assert outcome.is_one_line_error(path, "layer4.0.bn2.weight", "--model-type")
 
 
 class Settings:

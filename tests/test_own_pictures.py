@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ThinResNet18
+from conftest import ROOT, ThinResNet
 from PIL import Image, ImageDraw
 from test_dataset_helpers import write_classes, write_image, write_mixed_folder
 
@@ -213,7 +213,7 @@ def test_weights_to_start_from(call, flags, tmp_path):
     imagenet = tmp_path / "imagenet.pth"
     assert call("pirl_stl_train_test", *flags, "--experiment-name", "p").status == 0
     torch.manual_seed(0)
-    torch.save(ThinResNet18().state_dict(), imagenet)
+    torch.save(ThinResNet().state_dict(), imagenet)
 
     # What the flag is given, and the file that it means.
     starts = [
@@ -222,7 +222,7 @@ def test_weights_to_start_from(call, flags, tmp_path):
         (imagenet, imagenet),
         ("l0", weights / "l0.pt"),
     ]
-    parameters = [name for name, _ in ThinResNet18().named_parameters()]
+    parameters = [name for name, _ in ThinResNet().named_parameters()]
     for i, (given, path) in enumerate(starts):
         run = ("--experiment-name", f"l{i}", "--pirl-model-name", given)
         outcome = call("train_stl_after_ssl", *flags, *run)
@@ -261,10 +261,10 @@ def without_proc(path, *rest, plain=open, **options):
 builtins.open = io.open = without_proc
 
 import models
-from conftest import SCRIPTS, ThinResNet18
+from conftest import SCRIPTS, ThinResNet
 from run_helpers import run_script
 
-models.TRUNKS["res18"] = ThinResNet18
+models.TRUNKS["res18"] = ThinResNet
 for sys.argv in json.loads(sys.argv[1]):
     run_script(SCRIPTS[sys.argv[0]].main)
 """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import COUNTS, make_trainer
+from conftest import COUNTS, ThinResNet, make_trainer
 from PIL import Image
 from records import (
     TRAINED,
@@ -132,9 +132,9 @@ def test_too_few_images(pretrain, own_data):
 
 
 # ---- Resume --------------------------------------------------------------------------
-def test_resume_is_exact_from_any_step(pretrain, tmp_path, monkeypatch):
+def test_resume_is_exact_from_any_step(pretrain, finished, tmp_path, monkeypatch):
     """5 steps per epoch: stopped in one, at the end of its training, in the next."""
-    assert pretrain("whole").status == 0
+    finished("whole")
 
     term = signal.SIGTERM
     for number, step in ((term, 1), (signal.SIGINT, 4), (term, 5), (term, 7)):
@@ -155,8 +155,8 @@ def test_resume_is_exact_from_any_step(pretrain, tmp_path, monkeypatch):
         assert same(whole_run, halves)
 
 
-def test_a_damaged_checkpoint_is_refused_and_kept(pretrain, tmp_path):
-    assert pretrain("hurt").status == 0
+def test_a_damaged_checkpoint_is_refused_and_kept(pretrain, finished, tmp_path):
+    finished("hurt")
     file = tmp_path / "weights/hurt.ckpt"
     whole = file.read_bytes()
     middle = len(whole) // 2
@@ -173,8 +173,8 @@ def test_a_damaged_checkpoint_is_refused_and_kept(pretrain, tmp_path):
     assert pretrain("hurt", "--resume").status == 0
 
 
-def test_a_finished_run_resumed_changes_nothing(pretrain, tmp_path):
-    assert pretrain("exp").status == 0
+def test_a_finished_run_resumed_changes_nothing(pretrain, finished, tmp_path):
+    finished("exp")
     parts_before = parts_of(weights(tmp_path, "exp"))
     table_before = table(tmp_path, "exp")
 
@@ -189,8 +189,8 @@ def test_resume_without_a_checkpoint_begins_and_says_so(pretrain):
     assert "from the beginning" in outcome.out
 
 
-def test_without_a_checkpoint_resume_overwrites_nothing(pretrain, tmp_path):
-    assert pretrain("exp").status == 0
+def test_without_a_checkpoint_resume_overwrites_nothing(pretrain, finished, tmp_path):
+    finished("exp")
     for file in (tmp_path / "weights").glob("exp*.ckpt"):
         file.unlink()
     before = (tmp_path / "weights/exp.pt").read_bytes()
@@ -199,8 +199,8 @@ def test_without_a_checkpoint_resume_overwrites_nothing(pretrain, tmp_path):
     assert (tmp_path / "weights/exp.pt").read_bytes() == before
 
 
-def test_resume_with_other_settings_lists_them(pretrain, tmp_path):
-    assert pretrain("exp").status == 0
+def test_resume_with_other_settings_lists_them(pretrain, finished, tmp_path):
+    finished("exp")
     before = (tmp_path / "weights/exp.ckpt").read_bytes()
 
     changed = ("--batch-size", 8, "--seed", 5, "--loss", "nce")
@@ -241,8 +241,8 @@ def test_a_given_default_that_differs_is_refused(pretrain):
     assert outcome.status == 0, outcome.err
 
 
-def test_what_a_resumed_run_may_change_is_a_note(pretrain, tmp_path):
-    assert pretrain("exp").status == 0
+def test_what_a_resumed_run_may_change_is_a_note(pretrain, finished, tmp_path):
+    finished("exp")
 
     changed = ("--knn-every", 1, "--checkpoint-minutes", 3)
     outcome = pretrain("exp", *changed, "--resume")
@@ -252,9 +252,9 @@ def test_what_a_resumed_run_may_change_is_a_note(pretrain, tmp_path):
     assert weights(tmp_path, "exp")["settings"]["knn_every"] == 1
 
 
-def test_messages_name_no_flag_that_was_not_given(pretrain):
+def test_messages_name_no_flag_that_was_not_given(pretrain, finished):
     """A changed --epochs does not bring --tmax-for-cos-decay into a message."""
-    assert pretrain("exp").status == 0
+    finished("exp")
 
     outcome = pretrain("exp", "--epochs", 3, "--only-train", "--resume")
     assert outcome.is_one_line_error("--only-train was False, is True")
@@ -265,9 +265,9 @@ def test_messages_name_no_flag_that_was_not_given(pretrain):
     assert re.findall(r"--[a-z-]+ was", outcome.out) == ["--epochs was"]
 
 
-def test_more_epochs_for_a_finished_run(pretrain, tmp_path):
+def test_more_epochs_for_a_finished_run(pretrain, finished, tmp_path):
     """The learning rate stays at its end, and the run says so."""
-    assert pretrain("exp").status == 0
+    finished("exp")
     before = weights(tmp_path, "exp")
 
     outcome = pretrain("exp", "--epochs", 3, "--resume")
@@ -284,8 +284,8 @@ def test_more_epochs_for_a_finished_run(pretrain, tmp_path):
     assert torch.equal(before["trunk"][convolution], after["trunk"][convolution])
 
 
-def test_a_longer_cosine_for_more_epochs(pretrain, tmp_path):
-    assert pretrain("exp").status == 0
+def test_a_longer_cosine_for_more_epochs(pretrain, finished, tmp_path):
+    finished("exp")
     outcome = pretrain("exp", "--epochs", 3, "--tmax-for-cos-decay", 3, "--resume")
     assert outcome.status == 0, outcome.err
     assert "note: the learning rate is 0" not in outcome.out
@@ -335,9 +335,9 @@ def test_precision_is_stored_resolved_and_kept(pretrain, tmp_path, monkeypatch):
 
 
 # ---- Warm start ----------------------------------------------------------------------
-def test_warm_start_under_another_name(pretrain, tmp_path):
+def test_warm_start_under_another_name(pretrain, finished, tmp_path):
     """One more epoch with a learning rate of 0: the weights are the first run's."""
-    assert pretrain("first").status == 0
+    finished("first")
     flags = (*WARM_START, "--pirl-model-name", "first", "--lr", 0)
     outcome = pretrain("second", *flags)
     assert outcome.status == 0, outcome.err
@@ -349,9 +349,9 @@ def test_warm_start_under_another_name(pretrain, tmp_path):
     assert epochs_of(table(tmp_path, "second")) == ["2"]
 
 
-def test_warm_start_under_its_own_name(pretrain, tmp_path):
+def test_warm_start_under_its_own_name(pretrain, finished, tmp_path):
     """The CSV goes on."""
-    assert pretrain("first").status == 0
+    finished("first")
     before = weights(tmp_path, "first")
     first_line = table(tmp_path, "first")[0]
 
@@ -398,10 +398,10 @@ def test_a_warm_started_run_resumes_itself(pretrain, tmp_path, monkeypatch, kill
 
 
 def test_a_warm_start_does_not_resume_the_run_before_it(
-    pretrain, tmp_path, monkeypatch
+    pretrain, finished, tmp_path, monkeypatch
 ):
     """Killed before it has written anything, --resume finds the earlier run's file."""
-    assert pretrain("exp").status == 0
+    finished("exp")
     before = (tmp_path / "weights/exp.ckpt").read_bytes()
 
     with monkeypatch.context() as patch:
@@ -611,12 +611,11 @@ def test_training_does_not_notice_the_monitor(pretrain, tmp_path):
     assert same(with_monitor, without)
 
 
-@pytest.mark.full_trunk
 def test_the_monitor_measures_the_exported_features(pretrain, tiny, tmp_path):
     """The last epoch's accuracy is that of the features that the file gives."""
     assert pretrain("exp", "--epochs", 1).status == 0
     content = weights(tmp_path, "exp")
-    resnet = torchvision.models.resnet18()
+    resnet = ThinResNet()
     resnet.load_state_dict(content["trunk"], strict=False)
     resnet.fc = torch.nn.Identity()
     images, labels, search, query = labelled_images(tiny)

@@ -174,10 +174,10 @@ def test_minutes_below_one_count_at_an_epochs_end_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function", ["validate", "monitor_accuracy"])
 def test_a_kill_after_an_epoch_s_training_loses_nothing(
-    pretrain, tmp_path, monkeypatch, saved, function
+    pretrain, finished, tmp_path, monkeypatch, saved, function
 ):
     """The checkpoint is written before validation and kNN. A look takes 20 s."""
-    assert pretrain("whole", "--knn-every", 1).status == 0
+    finished("whole", "--knn-every", 1)
     saved.clear()
 
     with monkeypatch.context() as patch:
@@ -197,12 +197,12 @@ def test_a_kill_after_an_epoch_s_training_loses_nothing(
     assert same_results(tmp_path, "whole", "killed")
 
 
-def test_a_kill_within_the_first_minute(pretrain, tmp_path, monkeypatch):
+def test_a_kill_within_the_first_minute(pretrain, finished, tmp_path, monkeypatch):
     """Once there is a row in the CSV there is a checkpoint.
 
     Or the name would be taken by a run that cannot go on.
     """
-    assert pretrain("whole").status == 0
+    finished("whole")
     with monkeypatch.context() as patch:
         patch.setattr(pirl_stl_train_test, "log_epoch", interrupted)
         assert pretrain("killed").status == 130
@@ -227,11 +227,11 @@ def test_a_signal_inside_the_block_does_nothing_by_itself(tmp_path, number):
 @pytest.mark.parametrize("function", ["validate", "monitor_accuracy", "log_epoch"])
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_signal_after_an_epoch_s_training(
-    pretrain, tmp_path, monkeypatch, function, epoch
+    pretrain, finished, tmp_path, monkeypatch, function, epoch
 ):
     """It waits until the epoch is in the CSV and the checkpoint. 2 is the last."""
     number = signal.SIGTERM if epoch == 1 else signal.SIGINT
-    assert pretrain("whole", "--knn-every", 1).status == 0
+    finished("whole", "--knn-every", 1)
 
     with monkeypatch.context() as patch:
         signal_in(patch, pirl_stl_train_test, function, number, which=epoch)
@@ -255,9 +255,9 @@ def test_a_signal_after_an_epoch_s_training(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_the_export(pretrain, tmp_path, monkeypatch, number):
+def test_a_signal_during_the_export(pretrain, finished, tmp_path, monkeypatch, number):
     """All work is done then: the files are whole, and the status is the signal's."""
-    assert pretrain("whole").status == 0
+    finished("whole")
 
     with monkeypatch.context() as patch:
         signal_in(patch, pirl_stl_train_test, "export", number)
@@ -272,9 +272,9 @@ def test_a_signal_during_the_export(pretrain, tmp_path, monkeypatch, number):
     assert same_results(tmp_path, "whole", "exp")
 
 
-def test_a_signal_in_the_middle_of_a_file(pretrain, tmp_path, monkeypatch):
+def test_a_signal_in_the_middle_of_a_file(pretrain, finished, tmp_path, monkeypatch):
     """A short run writes five: .ckpt, CSV, CSV, .ckpt and .pt."""
-    assert pretrain("whole").status == 0
+    finished("whole")
 
     for which in range(1, 6):
         name = f"exp_{which}"
@@ -292,10 +292,10 @@ def test_a_signal_in_the_middle_of_a_file(pretrain, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_does_not_break_what_the_first_one_waits_for(
-    pretrain, tmp_path, monkeypatch
+    pretrain, finished, tmp_path, monkeypatch
 ):
     """Ctrl-C, and again a moment later, while validation and the CSV are under way."""
-    assert pretrain("whole").status == 0
+    finished("whole")
     with monkeypatch.context() as patch:
         signal_in(patch, pirl_stl_train_test, "validate", signal.SIGINT)
         signal_in(patch, checkpoints.os, "fsync", signal.SIGINT, which=2)
@@ -402,10 +402,10 @@ def guard():
 
 @pytest.mark.parametrize("number", FROM_OUTSIDE)
 def test_slurm_s_and_a_lost_connection_s_signal_save_a_checkpoint(
-    pretrain, tmp_path, monkeypatch, guard, number
+    pretrain, finished, tmp_path, monkeypatch, guard, number
 ):
     """Between steps, as SIGTERM does; the run goes on as if there had been none."""
-    assert pretrain("whole").status == 0
+    finished("whole")
     with monkeypatch.context() as patch:
         signal_in_step(patch, number, which=7)
         outcome = pretrain("exp")

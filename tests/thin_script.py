@@ -6,12 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import ThinResNet18
+from conftest import ThinResNet
 
 import models
 from run_helpers import run_script
 
 if __name__ == "__main__":
-    models.TRUNKS["res18"] = ThinResNet18
+    models.TRUNKS["res18"] = ThinResNet
     del sys.argv[0]
     run_script(importlib.import_module(sys.argv[0]).main)

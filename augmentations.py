@@ -248,6 +248,6 @@ def normalize(images):
 
 def unnormalize(views):
     """Normalised float [N, 3, H, W] -> RGB in 0 … 1, for pictures."""
-    mean = torch.tensor(PIXEL_MEAN, device=views.device)[:, None, None]
-    std = torch.tensor(PIXEL_STD, device=views.device)[:, None, None]
+    mean = views.new_tensor(PIXEL_MEAN)[:, None, None]
+    std = views.new_tensor(PIXEL_STD)[:, None, None]
     return views * std + mean

@@ -77,6 +77,6 @@ def knn_accuracy(features, labels, queries, query_labels):
     weights = (cosines / KNN_TEMPERATURE).exp()
 
     classes = int(labels.max()) + 1
-    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes = queries.new_zeros(len(queries), classes)
     votes.scatter_add_(1, labels[indices], weights)
     return (votes.argmax(1) == query_labels).float().mean().item()

@@ -216,6 +216,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.name.startswith(longest))
 
 
+def pytest_collection_finish():
+    """call() collects garbage after each script; not among all that is imported."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     """What runs in this process need not survive a power cut."""

@@ -65,7 +65,9 @@ KILLED = ("killed", "timeout", "segfault")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--all", action="store_true", help="all files of the root, by all tests: hours"
+        "--all",
+        action="store_true",
+        help="by all tests, and of all files of the root unless names are given: hours",
     )
     parser.add_argument(
         "--processes", type=int, default=2, help="mutants that are tried at a time"
@@ -78,7 +80,7 @@ def main():
     parser.add_argument("--run-mutmut", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = args.names or METHOD
-    if args.all:
+    if args.all and not args.names:
         names = sorted(path.stem for path in ROOT.glob("*.py"))
 
     if args.run_mutmut:

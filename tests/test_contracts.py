@@ -442,7 +442,7 @@ def test_validation_without_images():
     assert pirl_stl_train_test.validate(trainer, uniforms, 1) == (None, None)
 
 
-# ---- Random numbers, and where tensors are made ---------------------------------------
+# ---- Random numbers, and where tensors are made --------------------------------------
 def test_order_views_and_bank_are_functions_of_the_seed():
     """Each has a stream of its own, which no other use of random numbers moves."""
     trainer = make_pretraining("--seed", 5)

@@ -26,7 +26,7 @@ CROP_ASPECT = (3 / 4, 4 / 3)  # width to height
 ROTATION = math.radians(15)  # of labelled images, at most, either way
 LABELLED_BRIGHTNESS = (0.6, 1.4)
 
-COLOUR_STRENGTH = 0.5
+COLOUR_STRENGTH = 0.5  # the default: half of the ranges below
 COLOUR_RANGE = 0.4  # brightness, contrast and saturation are in 1 ± this, at strength 1
 HUE_RANGE = 0.1  # of a full turn, either way, at strength 1
 JITTER_PROBABILITY = 0.8  # other images keep their colours
@@ -194,6 +194,7 @@ class ColourJitter(nn.Module):
         The result is float32, normalised, channels-last.
         """
         brightness, contrast, saturation, hue = self.parameters_of(uniforms)
+        # The factor also brings 0 … 255 to 0 … 1, without another pass over the images.
         return self.recolour(images, brightness / 255, contrast, saturation, hue)
 
     def parameters_of(self, uniforms):
@@ -215,7 +216,7 @@ class ColourJitter(nn.Module):
         return brightness, contrast, saturation, hue
 
     def recolour(self, images, brightness, contrast, saturation, hue):
-        """The steps of torchvision's ColorJitter, but clipped only once, at the end.
+        """The steps of torchvision's ColorJitter in a fixed order, clipped at the end.
 
         images [N, 3, H, W], parameters [N]; normalised [N, 3, H, W].
         """

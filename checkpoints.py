@@ -65,7 +65,8 @@ def read_torch_file(path):
         # The checkpoints of many projects hold the arguments of the run, too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):
+        # The content is not to blame for these: run_script() words them.
         raise
     except Exception as error:
         if "Unsupported global" in str(error):
@@ -85,6 +86,8 @@ def explain_mismatch(path, advice):
     """Inside, the content of a file is used; if it does not fit, one line says so."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, but the file is not to blame for it
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         # torch lists every missing key of a state dict: the beginning is enough.
         reason = " ".join(str(error).split())[:200]
@@ -106,8 +109,8 @@ class TrainingState:
 
     device: torch.device
     epoch: int = 1  # the epoch under way
-    step: int = 0  # how many of its steps are done
-    seconds: float = 0.0  # that they have taken
+    step: int = 0  # how many of that epoch's steps are done
+    seconds: float = 0.0  # the time that these steps have taken
     history: list = field(default_factory=list)  # a dict per finished epoch
 
     def __post_init__(self):
@@ -144,8 +147,8 @@ class TrainingState:
         self.history = saved["history"]
 
 
-# Paths and devices depend on the machine where a run goes on, the others on the
-# command: a resumed run takes them from the command line, and ranks may differ in them.
+# Paths and devices belong to the machine, --resume to the command: a resumed run takes
+# them from its own command line. All but images_on may differ between ranks.
 NEVER_RESTORED = {
     "data_dir",
     "weights_dir",
@@ -155,9 +158,8 @@ NEVER_RESTORED = {
     "images_on",
     "resume",
 }
-# What a resumed run of either script may change. All other flags are refused if they
-# differ, also one that is added to a script later (once a checkpoint has a value for
-# it).
+# What a resumed run of either script may change. Any other flag that differs from the
+# checkpoint's is refused, so a new flag is refused unless someone allows it.
 CHANGEABLE = {"checkpoint_minutes", "precision"}
 
 
@@ -172,7 +174,8 @@ def settings_of(args):
 def shared_settings(args):
     """The settings that all ranks of a run must have in common."""
     settings = settings_of(args)
-    for name in NEVER_RESTORED:
+    # Ranks that place their images differently would wait for one another for ever.
+    for name in NEVER_RESTORED - {"images_on"}:
         settings.pop(name, None)
     return settings
 
@@ -188,8 +191,9 @@ class Experiment:
         self.checkpoint_file = args.weights_dir / f"{self.name}.ckpt"  # for --resume
         self.observations_dir = args.observations_dir
         self.history_file = self.observation("observations.csv")  # a row per epoch
-        self.locks = []
+        self.locks = []  # kept here: a lock that nobody refers to is released
         if RANK == 0:
+            # Another run of this name may have only one of the folders in common.
             folders = (args.weights_dir, args.observations_dir)
             for folder in {os.path.realpath(folder) for folder in folders}:
                 self.lock(Path(folder))
@@ -199,7 +203,7 @@ class Experiment:
         return self.observations_dir / f"{self.name}_{ending}"
 
     def lock(self, folder):
-        """Hold the experiment's name in a folder until this process ends."""
+        """Hold the experiment's name in a folder for as long as this object lives."""
         folder.mkdir(parents=True, exist_ok=True)
         # One lock per process, so that a notebook may call main() again after an error.
         path = folder / f".{self.name}.run.lock"
@@ -220,7 +224,9 @@ class Experiment:
         """
         if resume and self.checkpoint_file.exists():
             checkpoint = read_torch_file(self.checkpoint_file)
-            kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+            kind = "file of unknown kind"
+            if isinstance(checkpoint, dict):
+                kind = checkpoint.get("kind", kind)
             if kind != self.kind:
                 raise UserError(
                     f"{self.checkpoint_file} is a {kind}, not a {self.kind}",
@@ -325,8 +331,9 @@ PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in o
 
 # Where other projects keep the weights in their checkpoints.
 WRAPPERS = ("state_dict", "model", "teacher", "student", "backbone", "net", "network")
-# Words in the name of the one of two encoders that is not used: MoCo's key encoder, the
-# momentum and target encoders of others, and DINO's student, whose teacher is better.
+# If a file holds two encoders, the one whose name contains such a word is not used:
+# MoCo's key encoder, the momentum and target encoders of others, and DINO's student,
+# whose teacher is better.
 SECOND_ENCODERS = ("encoder_k", "momentum", "key", "target", "student", "ema")
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 # lightly's examples keep torchvision's layers in a Sequential, under these numbers.
@@ -371,7 +378,7 @@ def read_weights(name, weights_dir):
             trunk = find_trunk(content)
             return path, {"trunk": trunk, "settings": {}, "from_checkpoint": False}
 
-        weights = {"trunk": content["trunk"], "settings": dict(content["settings"])}
+        weights = {"settings": dict(content["settings"])}
         for key in (*PARTS, "kind", "classes", "history"):
             if key in content:
                 weights[key] = content[key]
@@ -403,7 +410,7 @@ def find_trunk(content):
             if name.endswith("conv1.weight") and value.shape[1:2] == (3,):
                 networks.append((where, name.removesuffix("conv1.weight"), state_dict))
 
-    # Where there are two, one of them may be the better choice.
+    # Of several, leave out those that SECOND_ENCODERS names.
     chosen = networks
     if len(networks) > 1:
         chosen = [network for network in networks if not is_second_encoder(network)]
@@ -440,7 +447,7 @@ def rename_layers(state_dict):
         if not isinstance(value, torch.Tensor):
             continue
         name = name.replace(".shortcut.", ".downsample.")  # SupContrast's name
-        # Up to backbone., if there is one, then the layer.
+        # Split off everything up to the last "backbone."; the layer's number follows.
         before, backbone, after = name.rpartition("backbone.")
         number, _, rest = after.partition(".")
         if number in SEQUENTIAL_LAYERS:
@@ -465,7 +472,7 @@ def stem_of(trunk):
 
 
 def load_weights(modules, weights, path):
-    """Give modules, a dict by the names in PARTS, the weights that there are."""
+    """Load the weights that there are into modules, a dict by the names in PARTS."""
     used = [name for name in modules if name in weights]
     flags = "--model-type, --stem and, in pretraining, --pretext and --non-linear-head"
     with explain_mismatch(path, f"give the {flags} that it was made with"):

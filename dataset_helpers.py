@@ -36,8 +36,8 @@ STL10_SIDE = 96  # pixels
 # Of the unlabelled images that are not trained on, at most this many validate.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
-# Of pictures that are longer than this, compared with their shorter side, the ends are
-# cut off before they are resized.
+# If the longer side is more than this many times the shorter one, the ends are cut off
+# before the picture is resized.
 MAX_ASPECT = 8
 # Bytes that a step needs beside the images: weights and activations.
 RESERVED_ON_CARD = 1.5e9
@@ -107,7 +107,7 @@ def find_images(folder):
 
 
 def read_image(path, side):
-    """An image file of any size and mode as uint8 [3, side, side] RGB.
+    """An image file of any size, with 8 or 16 bits, as uint8 [3, side, side] RGB.
 
     It is resized until its shorter side fits, and cropped to its centre.
     """
@@ -118,8 +118,8 @@ def read_image(path, side):
             high_bytes = np.asarray(image) >> 8
             image = Image.fromarray(high_bytes.astype(np.uint8))
         elif image.mode in ("I", "F"):
-            # A PNG of 16 bits may come as 32; what a file of 32 bits means, nobody
-            # knows.
+            # Pillow opens some PNGs of 16 bits as 32 bits. The range of files that do
+            # have 32 bits is unknown.
             image = from_32_bits(image)
 
         shorter = min(image.size)
@@ -148,11 +148,12 @@ def from_32_bits(image):
 def load_images(files, side, device, description, all_ranks=False):
     """(uint8 [N, 3, side, side] on `device`, a CRC-32 of it) of image files, in order.
 
-    all_ranks: all of them call this. Those of a node have one copy of the images, where
-    these are on the host.
+    all_ranks: every rank calls this. If the images stay on the host, those of a node
+    share one copy.
     """
     shape = (len(files), 3, side, side)
     one_copy = all_ranks and device.type == "cpu" and LOCAL_RANKS > 1
+    # Images for cards are decoded on the host first, by every rank for itself.
     copies = LOCAL_RANKS if all_ranks and not one_copy else 1
     check_memory(shape, device, copies)
 
@@ -170,7 +171,7 @@ def load_images(files, side, device, description, all_ranks=False):
 
 
 def decode(files, images, description):
-    """Read image files into the rows of an array, by a thread per core.
+    """Read image files into the rows of an array, by a pool of threads.
 
     images: numpy, uint8 [N, 3, S, S]. Files that cannot be read are named together.
     """
@@ -240,11 +241,12 @@ def place_images(wish, count, side, device):
         return device
 
     needed = count * (3 * side**2 + BYTES_BESIDE_PIXELS)
-    free = free_memory(device) - RESERVED_ON_CARD
-    too_large = torch.tensor(needed > free)
+    free = torch.tensor(free_memory(device) - RESERVED_ON_CARD, dtype=torch.float64)
     if RANKS > 1:
-        distributed.all_reduce(too_large, distributed.ReduceOp.MAX)
-    if too_large:
+        # The fullest card decides for all.
+        distributed.all_reduce(free, distributed.ReduceOp.MIN)
+    free = free.item()
+    if needed > free:
         print(
             f"note: the images stay on the host: they take {needed / 1e9:.3g} GB, and "
             f"a card has room for {max(free, 0) / 1e9:.3g} GB"
@@ -403,7 +405,7 @@ def stratified_split(labels, seed, folder):
 
     if not validates.any():
         raise UserError(
-            f"{folder} has too few images per class to set 16 % apart for validation",
+            f"{folder} has too few images per class to set 16 % aside for validation",
             "add some",
         )
     train = (~validates).nonzero().flatten()

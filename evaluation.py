@@ -70,8 +70,8 @@ def knn_accuracy(features, labels, queries, query_labels):
     """Accuracy of weighted k-nearest-neighbour classification, a float.
 
     features [N, d] and labels [N] int64 are searched; queries [Q, d] with query_labels
-    [Q] are classified by 20 neighbours (or all), each with the weight
-    exp(cosine / 0.07). (Wu et al., arXiv:1805.01978, section 3.4.)
+    [Q] are classified by their NEIGHBOURS nearest (or all), each with the
+    weight exp(cosine / KNN_TEMPERATURE).
     """
     cosines, indices = nearest_neighbours(features, queries, NEIGHBOURS)
     weights = (cosines / KNN_TEMPERATURE).exp()

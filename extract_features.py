@@ -48,7 +48,8 @@ def parse_args(argv=None):
     add("--image-size", type=bounded(int, 36, 224),
         help="images are resized and cropped to this side length; "
              "defaults to that of the training")
-    add("--batch-size", type=bounded(int, 1, EVALUATION_BATCH), default=128,
+    add("--batch-size", type=bounded(int, 1, EVALUATION_BATCH),
+        default=EVALUATION_BATCH,
         help="images at a time")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto takes a CUDA GPU if there is one")

@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 
 from augmentations import PIXEL_MEAN, PIXEL_STD
 from checkpoints import read_weights
+from dataset_helpers import STL10_SIDE
 from extract_features import make_network
 
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm", "filelock"]
@@ -45,7 +46,7 @@ def trunk(path):
     path, weights = read_weights(str(path), Path("weights"))
     resnet, _ = make_network(path, weights)
 
-    side = weights["settings"].get("image_size", 96)
+    side = weights["settings"].get("image_size", STL10_SIDE)
     prepare = v2.Compose(
         [
             v2.Resize(side, v2.InterpolationMode.BICUBIC),

@@ -1,4 +1,4 @@
-"""The jigsaw pretext task: nine shuffled patches (paper, section 3.2, appendix A)."""
+"""The jigsaw pretext task: nine shuffled patches (paper, section 2.3, appendix A)."""
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class Jigsaw(nn.Module):
         """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 85] -> [B·9, 3, P, P].
 
         The result is float32, normalised, channels-last: the nine patches of an image
-        in a row, in the order in which they are presented, each with its own colours.
+        one after another, in the order of presentation, each with its own colours.
         """
         sizes = [CROP_UNIFORMS, CELLS * 2, CELLS * COLOUR_UNIFORMS, CELLS]
         split = uniforms.split(sizes, dim=1)
@@ -49,8 +49,8 @@ class Jigsaw(nn.Module):
         crop_corner, crop_size = crop_box(crop_uniforms, side, PRETEXT_CROP_AREA)
         scale = crop_size[:, None] / side  # [B, 1, 2]
         corners = crop_corner[:, None] + places * scale  # [B, 9, 2]
-        sizes = (patch * scale).expand_as(corners)
-        transforms = box_transforms(corners, sizes, side)
+        box_sizes = (patch * scale).expand_as(corners)
+        transforms = box_transforms(corners, box_sizes, side)
 
         patches = sample_patches(images, transforms, patch)  # [B·9, 3, P, P]
         return self.colour_jitter(patches, colour_uniforms.reshape(-1, COLOUR_UNIFORMS))
@@ -62,7 +62,7 @@ class Jigsaw(nn.Module):
 class JigsawHead(nn.Module):
     """Head g: each patch to 128 numbers, the nine in presentation order, to 128.
 
-    (Paper, section 3.2.)
+    (Paper, section 2.3.)
     """
 
     def __init__(self, dimension, non_linear):
@@ -76,7 +76,10 @@ class JigsawHead(nn.Module):
 
 
 def patch_sizes(side):
-    """(side of a grid cell, side of a patch) in pixels: (32, 30) of 96 × 96."""
+    """(side of a grid cell, side of a patch) in pixels: (32, 30) of 96 × 96.
+
+    The paper's are (85, 64) of 255 × 255: scaled, a patch would have 24 pixels.
+    """
     return side // GRID, 30 * side // 96
 
 

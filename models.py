@@ -10,7 +10,7 @@ from torchvision.models import resnet18, resnet34, resnet50
 
 TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
 # Numbers in an output of the heads and in a row of the memory bank (paper, section
-# 3.2).
+# 2.3).
 VECTOR_SIZE = 128
 
 
@@ -28,6 +28,8 @@ class SmallMapConv2d(nn.Conv2d):
     def adopt(convolution):
         """Give an nn.Conv2d this forward; its parameters and state dict stay."""
         convolution.__class__ = SmallMapConv2d
+        if convolution.kernel_size == (1, 1):
+            return convolution  # it needs no taps
         # On a 2 × 2 map, the output at (a, b) sees the pixel (row, column) through the
         # tap (row − a + 1, column − b + 1) of the 3 × 3 kernel. The output at (0, 0),
         # for example, sees the four pixels through the taps 4, 5, 7 and 8, counted by
@@ -116,7 +118,7 @@ class PIRL(nn.Module):
         """f(φ(I)) and g(φ(I_t)), each [B, 128], not normalised.
 
         images [B, 3, S, S]; pretext_inputs [B·n, 3, P, P]: the n network inputs of an
-        image's pretext view side by side, nine patches for the jigsaw.
+        image's pretext view one after another, nine patches for the jigsaw.
         """
         image_vectors = self.head_f(self.trunk(images))  # [B, 128]
         with self.batch_statistics():

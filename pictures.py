@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
         help="the pretext task")
     add("--out", type=file_path,
-        help="the picture to write; defaults to <pretext>.png")
+        help="the PNG picture to write; defaults to <pretext>.png")
     add("--images", type=bounded(int, 1, 100), default=4,
         help="how many images to show")
     add("--seed", type=bounded(int, 0, 2**32 - 1), default=0,
@@ -66,7 +66,8 @@ def main(argv=None):
     path = args.out or Path(f"{args.pretext}.png")
     cpu = torch.device("cpu")
 
-    # Those that come first in the folder, with the random numbers of a first epoch.
+    # Those that come first in the folder, at the default size and colour strength. The
+    # random numbers are not those of any run.
     files = list_images(unlabelled_folder(args.data_dir))[: args.images]
     images, _ = load_images(files, STL10_SIDE, cpu, "images")
 
@@ -248,7 +249,7 @@ def confusion_picture(labels, predictions, names):
     small = Image.fromarray(shades.round().to(torch.uint8).numpy())
     enlarged = small.resize((count * cell, count * cell), Image.Resampling.NEAREST)
 
-    width = LEFT + max(count * cell, 300) + MARGIN  # the title has its place, too
+    width = LEFT + max(count * cell, 300) + MARGIN  # room for the title
     height = TOP + count * cell + MARGIN
     picture = Image.new("RGB", (width, height), "white")
     picture.paste(enlarged, (LEFT, TOP))

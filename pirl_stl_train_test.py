@@ -75,9 +75,10 @@ def make_parser():
         help="whether to train on all unlabelled images instead of 70 %%")
     add("--image-size", type=bounded(int, 36, 224), default=96,
         help="images are resized and cropped to this side length in pixels")
-    add("--crop-area", type=bounded(float, 0.01, 1), default=0.2,
+    add("--crop-area", type=bounded(float, 0.01, 1), default=augmentations.CROP_AREA[0],
         help="smallest crop of the image view, as a fraction of the image's area")
-    add("--colour-strength", type=bounded(float, 0, 2), default=0.5,
+    add("--colour-strength", type=bounded(float, 0, 2),
+        default=augmentations.COLOUR_STRENGTH,
         help="strength of the colour jitter, 0 for none")
     add("--images-on", choices=["auto", "device", "host"], default="auto",
         help="where the images are kept; auto: on the device if they fit there")
@@ -99,7 +100,7 @@ def make_parser():
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
         help="the pretext task")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
-        help="nce is the paper's equation 5")
+        help="nce is the paper's equation 4")
     add("--positive", choices=["bank", "pair"], default="bank",
         help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=bounded(float, 0, 1), default=0.5,
@@ -136,8 +137,8 @@ def make_parser():
              " finished model")
     add("--pirl-model-name", type=non_empty,
         help="with --warm-start: a file of weights, or a name in the weights folder")
-    add("--cont-epoch", type=bounded(int, 1),
-        help="with --warm-start: the number of the first epoch; defaults to 1")
+    add("--cont-epoch", type=bounded(int, 1), default=1,
+        help="with --warm-start: the number of the first epoch")
     # fmt: on
     return parser
 
@@ -252,16 +253,16 @@ def candidate_logits(u, w, negatives, excluded, temperature):
 
 
 def modified_nce(logits):
-    """−log h(u, w), h being a probability (equation 4). [B, 1 + C] -> [B]."""
+    """−log h(u, w), h being a probability (equation 3). [B, 1 + C] -> [B]."""
     return -F.log_softmax(logits, dim=1)[:, 0]
 
 
 def nce(logits):
-    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equations 4 and 5). [B, 1 + C] -> [B].
+    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equation 4). [B, 1 + C] -> [B].
 
-    h(w, m_k) is the probability of column k. Simply written, this is
-    −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1), but where the largest h is near 1,
-    its 1 − h would be lost to rounding.
+    h(w, m_k) is the probability of column k, with the same denominator as h(u, w).
+    Simply written, this is −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1), but where
+    the largest h is near 1, its 1 − h would be lost to rounding.
     """
     log_h = F.log_softmax(logits, dim=1)
     top = logits.argmax(1, keepdim=True)  # the column of the largest h, [B, 1]
@@ -279,7 +280,7 @@ def nce(logits):
 
 
 def pirl_loss(image_vectors, pretext_vectors, memory, negatives, excluded, args):
-    """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 6).
+    """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 5).
 
     image_vectors and pretext_vectors [B, 128]: what the heads f and g give; memory [B,
     128]: the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
@@ -460,7 +461,7 @@ class Pretraining:
         )
 
         # f(φ(I)) of all ranks, in the batch's order.
-        counts = [len(share) for share in shares]
+        counts = [len(part) for part in shares]
         all_vectors = gather_rows(image_vectors.float(), counts)
 
         # The negatives: from the bank, the same draw on all ranks, and from the batch.
@@ -593,13 +594,13 @@ def load_monitor(args, device):
     """
     folder = args.data_dir / "train"
     try:
-        labelled = dataset_helpers.load_labelled(folder, args.image_size, device)
-        images, labels, *_ = labelled
-        split = dataset_helpers.stratified_split(labels, args.seed, folder)
+        images, labels, *_ = dataset_helpers.load_labelled(
+            folder, args.image_size, device
+        )
+        search, query = dataset_helpers.stratified_split(labels, args.seed, folder)
     except UserError as error:
         print(f"note: no nearest-neighbour accuracy will be measured: {error}")
         return None
-    search, query = split
     return images, labels, search, query
 
 
@@ -616,7 +617,7 @@ def monitor_accuracy(trainer, labelled):
 # ---- The beginning and the end of a run ----------------------------------------------
 def check_flags(parser, args):
     """Refuse flags that do not go together."""
-    first_epoch = args.cont_epoch or 1
+    first_epoch = args.cont_epoch
     if not args.warm_start and (args.pirl_model_name or first_epoch > 1):
         parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
     if first_epoch > args.epochs:
@@ -626,7 +627,6 @@ def check_flags(parser, args):
 
 def resolve_defaults(args, device):
     """Fill in the arguments that depend on others or on the machine."""
-    args.cont_epoch = args.cont_epoch or 1
     args.precision = choose_precision(args, device)
     if args.tmax_for_cos_decay is None:
         args.tmax_for_cos_decay = args.epochs

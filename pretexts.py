@@ -5,7 +5,8 @@ A task is an nn.Module with
 - `uniforms`: how many random numbers an image's view takes, U;
 - `inputs_per_image`: how many inputs it gives to the network, n;
 - `forward(images, uniforms)`: images float32 [B, 3, S, S] in 0 … 255 and uniforms
-  [B, U] in [0, 1) to the inputs [B·n, 3, P, P], normalised, those of an image in a row;
+  [B, U] in [0, 1) to the inputs [B·n, 3, P, P], normalised, those of an image one
+  after another;
 - `make_head(dimension, non_linear)`: head g, a module from features [B, n, d] to
   vectors [B, 128].
 """

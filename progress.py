@@ -52,7 +52,7 @@ def progress_bar(total, description, unit, done=0, **options):
 
 
 def in_threads(function, items, description):
-    """[function(item) for item in items], by a thread per core, with a progress bar."""
+    """[function(item) for item in items], by a pool of threads, with a progress bar."""
     bar = progress_bar(len(items), description, " images")
 
     def task(item):
@@ -67,9 +67,9 @@ def in_threads(function, items, description):
 class LoopControl:
     """Controls a training loop between its steps.
 
-    Inside its `with` block, SIGTERM, Ctrl-C and their like are only noted, once or
-    several times. The loop asks for them where it can be left, so none comes in the
-    middle of a step, of validation or of a file. All ranks leave it together.
+    Inside its `with` block, SIGTERM, Ctrl-C and their like are only noted, however
+    often they come. The loop acts on them at safe points, so none interrupts a step,
+    validation or the writing of a file. All ranks stop together.
     """
 
     def __init__(self, trainer, state, experiment, save, title, advice):
@@ -165,7 +165,10 @@ class LoopControl:
         return time.monotonic() - self.epoch_started_at
 
     def after_epoch(self):
-        """End the process if a signal has come since the last step."""
+        """End the process if a signal has come since the last step.
+
+        Call it after state.finish_epoch(), which makes the next epoch the current one.
+        """
         stop, _ = self.agree(save_due=False, now=True)
         if stop:
             self.checkpoint()

@@ -1,4 +1,4 @@
-"""The rotation pretext task, and rotation with jigsaw (paper, other pretext tasks)."""
+"""The rotation pretext task, and rotation with jigsaw (paper, section 4.3)."""
 
 import torch
 from torch import nn
@@ -18,7 +18,10 @@ from models import linear_head
 
 
 class Rotation(nn.Module):
-    """The pretext view I_t: a random resized crop, own colours, turned by 0 to 270°."""
+    """The pretext view I_t: a random resized crop, own colours, a quarter turn.
+
+    The turn is by 0°, 90°, 180° or 270°.
+    """
 
     inputs_per_image = 1
     uniforms = CROP_UNIFORMS + COLOUR_UNIFORMS + 1
@@ -48,7 +51,7 @@ class Rotation(nn.Module):
 
 
 class JigsawRotation(Jigsaw):
-    """Both: the image is turned by 0 to 270° first, then cut into patches."""
+    """Both: the image is turned by 0°, 90°, 180° or 270°, then cut into patches."""
 
     uniforms = 1 + Jigsaw.uniforms
 

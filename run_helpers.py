@@ -83,10 +83,11 @@ def end(line, status=1):
     """End the process with one line on standard error."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would complain once more when it flushes standard output at its end.
+    except OSError:
+        # Its reader has ended, or its disk is full. Python would complain once more
+        # when it flushes standard output at its end.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(error_line(line), file=sys.stderr, flush=True)
     if RANKS > 1:
         # The interpreter's own end would wait for ranks that are gone.
@@ -301,7 +302,7 @@ def choose_device(args):
     device = torch.device("cuda", LOCAL_RANK)
     if device.index >= torch.cuda.device_count():
         raise UserError(
-            f"there is no GPU for rank {device.index}",
+            f"this node has no GPU for its local rank {LOCAL_RANK}",
             "give torchrun a smaller --nproc-per-node",
         )
     torch.cuda.set_device(device)
@@ -385,7 +386,7 @@ def make_optimizer(parameters, lr, weight_decay):
 def to_device(tensor, device):
     """The tensor on the device; the host does not wait until it has arrived."""
     if device.type == "cuda":
-        # Only copies from pinned memory go on by themselves.
+        # Only copies from pinned memory are asynchronous.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

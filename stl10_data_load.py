@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import STL10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
 from checkpoints import atomic_write
@@ -99,6 +100,8 @@ def download(url, md5, raw_dir):
     """
     archive = raw_dir / STL10.filename
     if archive.is_file():
+        # One that we fetched was checked before it got this name, and a user's own may
+        # be another archive: it is compared only with an MD5 that was given.
         if md5 and calculate_md5(archive) != md5:
             raise UserError(
                 f"the MD5 of {archive} is not {md5}",
@@ -315,7 +318,8 @@ def missing_images(raw, data_dir, split):
     """
     images = raw_images(raw, split)
     paths = image_paths(raw, data_dir, split)
-    existing = set((data_dir / split).rglob("*.png"))
+    files = (data_dir / split).rglob("*")
+    existing = {path for path in files if path.suffix.lower() in IMG_EXTENSIONS}
     if not existing.issubset(paths):
         raise UserError(
             f"{data_dir / split} holds other images than {raw}",

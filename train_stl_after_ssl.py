@@ -119,7 +119,7 @@ def make_parser():
     add("--folds", **bool_flag(False),
         help="whether to train the softmax layer on each fold of fold_indices.txt too")
     add("--neighbours", type=file_path,
-        help="a picture to write: test images with the nearest training images")
+        help="a PNG picture to write: test images with the nearest training images")
     # fmt: on
     return parser
 
@@ -179,7 +179,7 @@ def main(argv=None):
         )
     print_summary(trainer, full_epochs)
 
-    # A resumed run may stand before the softmax layer, behind it, within the epochs of
+    # A resumed run may begin before the softmax layer, after it, within the epochs of
     # the whole network, or at the end. The softmax layer takes a minute or two: a run
     # that is stopped in it begins again.
     if "softmax" not in trainer.results:
@@ -214,7 +214,7 @@ def main(argv=None):
             }
             trainer.schedule.step(val_loss)
             trainer.keep_best(epoch, val_accuracy)
-            trainer.seconds["full"] = trainer.seconds.get("full", 0) + state.seconds
+            trainer.seconds["full"] += loop.epoch_seconds()
             state.finish_epoch(metrics)
             experiment.write_history(state.history)
             print(
@@ -261,9 +261,9 @@ class FineTuning:
 
         self.full_stage_begun = False
         self.best = {"val_acc": -1.0}  # the best epoch of the full stage
-        # (validation, test accuracy) by the names of TABLE_ROWS; of folds a list.
+        # (validation, test accuracy) by the names of TABLE_ROWS; under "folds", a list.
         self.results = {}
-        self.seconds = {}  # that each stage has taken
+        self.seconds = {"softmax": 0.0, "full": 0.0}  # how long each stage has taken
 
     def load_images(self):
         """Read the images: to train, to validate and, where there are any, to test."""
@@ -324,7 +324,7 @@ class FineTuning:
                 self.scaler.load_state_dict(saved["scaler"])
         self.best = saved["best"]
         self.results = saved["results"]
-        self.seconds = saved["seconds"]
+        self.seconds.update(saved["seconds"])
 
     def epoch_batches(self, epoch):
         """The training images in this epoch's order: a list of int64 [B] indices."""
@@ -497,8 +497,9 @@ def fit_softmax_layer(features, labels, train, validation, args):
     """Logistic regression by SGD from zero, up to the best epoch of validation.
 
     features [V, N, d]: V views of all images, of which each epoch takes one per image.
-    train and validation index N; validation uses view 0. Returns (a Linear for plain
-    features, its validation accuracy, the metrics of the epochs).
+    train and validation index N; validation uses view 0. Returns (a Linear for
+    features that are not standardised, its validation accuracy, the metrics of the
+    epochs).
     """
     # Standardised features, so that one --lr suits any trunk.
     known = features[:, train].flatten(0, 1)  # [V·n, d]
@@ -554,7 +555,7 @@ def fit_softmax_layer(features, labels, train, validation, args):
 
     layer.load_state_dict(best_weights)
     with torch.no_grad():
-        # The same layer on plain features x:
+        # The same layer on features x as the trunk gives them:
         # W (x − mean) / scale + b = (W / scale) x + (b − (W / scale) mean).
         layer.weight /= scale
         layer.bias -= layer.weight @ mean

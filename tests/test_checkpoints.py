@@ -170,6 +170,31 @@ def test_an_error_of_the_system_names_its_file(call, tiny, tmp_path, monkeypatch
     assert outcome.is_one_line_error("exp.ckpt", "Read-only")
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_full_memory_is_not_the_file_s_fault(tmp_path, monkeypatch, error):
+    """run_script() has a line for it, with advice that helps."""
+
+    def full(*arguments, **options):
+        raise error("it is full")
+
+    monkeypatch.setattr(torch, "load", full)
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    if error is MemoryError:
+        with pytest.raises(error):
+            read_torch_file(tmp_path / "a.pt")
+    else:
+        with pytest.raises(error), explain_mismatch("a.pt", "use another copy"):
+            full()
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is(call, tiny, tmp_path):
+    (tmp_path / "weights").mkdir()
+    torch.save({"epoch": 3}, tmp_path / "weights/exp.ckpt")
+    run = ("--experiment-name", "exp", "--resume")
+    outcome = call("pirl_stl_train_test", *tiny, *run)
+    assert outcome.is_one_line_error("exp.ckpt is a file of unknown kind, not a PIRL")
+
+
 # ---- Checkpoints that do not fit -----------------------------------------------------
 def test_damaged_checkpoints(call, tiny, tmp_path):
     run = (*tiny, "--epochs", 1, "--experiment-name", "exp")

@@ -125,7 +125,7 @@ def cosine(a, b):
 
 
 def probabilities(u, w, negatives, tau):
-    """h(u, w), and a list of the h(w, m_k) (equation 4)."""
+    """h(u, w), and a list of the h(w, m_k) (equation 3)."""
     positive = (cosine(u, w) / tau).exp()
     rivals = [(cosine(w, m) / tau).exp() for m in negatives]
     total = positive + sum(rivals)
@@ -138,7 +138,7 @@ def slow_modified_nce(u, w, negatives, tau):
 
 
 def slow_nce(u, w, negatives, tau):
-    """Equation 5."""
+    """Equation 4."""
     h, h_of_negatives = probabilities(u, w, negatives, tau)
     loss = -h.log()
     for h_of_negative in h_of_negatives:
@@ -200,7 +200,7 @@ class SlowPIRL:
         return [self.bank[row] for row in rows]
 
     def losses(self, index, f, g, all_f, epoch, step):
-        """Each image's loss (equation 6), and whether its m_I is nearest to g.
+        """Each image's loss (equation 5), and whether its m_I is nearest to g.
 
         all_f: the vectors of the whole batch, whose first are f.
         """

@@ -26,7 +26,7 @@ def cosine(a, b):
 
 
 def loop_h(numerator, u, w, negatives, tau):
-    """Equation 4: exp(numerator/τ) / (exp(s(u, w)/τ) + Σ_k exp(s(w, m_k)/τ))."""
+    """Equation 3: exp(numerator/τ) / (exp(s(u, w)/τ) + Σ_k exp(s(w, m_k)/τ))."""
     total = (cosine(u, w) / tau).exp()
     for m in negatives:
         total = total + (cosine(w, m) / tau).exp()

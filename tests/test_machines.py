@@ -521,19 +521,21 @@ def test_auto_keeps_images_on_the_card_if_they_fit_beside_a_step(memory, capsys)
     assert lines[0].startswith("note: the images stay on the host: they take 0.000517")
 
 
-def test_all_ranks_keep_images_in_the_same_place(memory, monkeypatch):
+def test_all_ranks_keep_images_in_the_same_place(memory, monkeypatch, capsys):
     """If one card is too small: ranks that share images on the host meet for that."""
     meetings = []
 
-    def reduce_with_a_small_card(tensor, operation):
-        meetings.append(tensor.item())
-        tensor.fill_(True)
+    def reduce_with_a_small_card(free, operation):
+        assert operation == distributed.ReduceOp.MIN
+        meetings.append(free.item())
+        free.fill_(1000)
 
     monkeypatch.setattr(dataset_helpers, "RANKS", 2)
     monkeypatch.setattr(distributed, "all_reduce", reduce_with_a_small_card)
     memory(card=10**12)
     assert place_images("auto", 100, 36, CUDA) == CPU
-    assert meetings == [False]
+    assert meetings == [10**12 - dataset_helpers.RESERVED_ON_CARD]
+    assert "room for 1e-06 GB" in capsys.readouterr().out, "that of the small card"
 
 
 def test_a_wish_is_followed(memory, capsys):

@@ -98,6 +98,20 @@ def test_a_reader_that_has_seen_enough():
     assert len(err.splitlines()) == 1
 
 
+def test_standard_output_on_a_full_disk(monkeypatch, capsys):
+    """What could not be written cannot be flushed either: one line all the same."""
+
+    class FullDisk:
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert status_of(OSError(28, "No space left on device", "out.txt")) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: out.txt: No space left on device: solve this")
+    assert len(err.splitlines()) == 1
+
+
 def test_every_rank_says_its_own_line(capsys, monkeypatch):
     monkeypatch.setattr(run_helpers, "RANK", 3)
     monkeypatch.setattr(run_helpers, "RANKS", 4)
@@ -360,6 +374,7 @@ def test_flags_are_compared_before_the_ranks_make_one_network(call, tiny, monkey
         assert settings["model_type"] == "res18"
         for place in ("data_dir", "weights_dir", "device", "resume"):
             assert place not in settings, "it may differ between nodes"
+        assert "images_on" in settings, "ranks would wait for one another for ever"
         raise UserError("the ranks have different flags", "start all with the same")
 
     def too_late(*arguments):

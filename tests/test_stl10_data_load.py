@@ -127,6 +127,19 @@ def test_more_images_than_the_raw_file_has(call, raw_dir, tmp_path):
     assert len(list(data.rglob("*.png"))) == 1, "nothing is added to them"
 
 
+@pytest.mark.parametrize("name", ["train/cat/1.jpg", "unlabelled/2.PNG", "test/a.tiff"])
+def test_pictures_of_one_s_own_are_left_alone(call, raw_dir, tmp_path, name):
+    """Whatever their format: no image of STL-10 is put among them."""
+    picture = tmp_path / "pets" / name
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (96, 96)).save(picture)
+    arguments = ("--raw-dir", raw_dir, "--data-dir", tmp_path / "pets")
+    outcome = call("stl10_data_load", *arguments)
+    assert outcome.is_one_line_error("other images than")
+    files = [path for path in (tmp_path / "pets").rglob("*") if path.is_file()]
+    assert files == [picture]
+
+
 def test_images_with_other_labels(call, tmp_path):
     raw = write_raw(tmp_path / "raw", COUNTS)
     data = tmp_path / "data"

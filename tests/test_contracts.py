@@ -4,6 +4,7 @@ The reference here is slow and plain: float64, loops over images and negatives, 
 optimiser written out. Only the views and the order of random numbers are the project's.
 """
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
@@ -362,6 +363,131 @@ def test_a_rank_takes_its_share_of_the_whole_batch_s_step(monkeypatch):
     assert_same_change(before, state_of(trainer.model), state_of(slow.model))
     bank = trainer.bank.vectors.double()
     torch.testing.assert_close(bank, slow.bank, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("ranks", "has_share"), [(3, True), (4, False)])
+def test_the_last_rank_of_a_batch_of_three_images(monkeypatch, ranks, has_share):
+    """Of three ranks it has one image. Of four it has none, and a stand-in.
+
+    The others wait for its gradients, so its loss is 0 and not left out.
+    """
+    trainer = make_pretraining()
+    uniforms = trainer.epoch_uniforms(1)
+    index = torch.tensor([7, 2, 9])
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: seen.append(len(inputs[0]))
+    )
+
+    def gather_rows(rows, counts):
+        assert counts == [1, 1, 1, 0][:ranks]
+        return torch.ones(3, 128)
+
+    def all_correct(pretext_vectors, *others):
+        return torch.ones(len(pretext_vectors), dtype=torch.bool)
+
+    monkeypatch.setattr(pirl_stl_train_test, "RANKS", ranks)
+    monkeypatch.setattr(pirl_stl_train_test, "RANK", ranks - 1)
+    monkeypatch.setattr(pirl_stl_train_test, "gather_rows", gather_rows)
+    monkeypatch.setattr(pirl_stl_train_test, "pretext_correct", all_correct)
+    _, losses, correct = trainer.forward_batch(index, uniforms, 1, 0)
+
+    assert seen == [1]
+    assert losses.shape == correct.shape == (1,)
+    assert (losses.item() > 0) == has_share
+    assert losses.isfinite().all()
+    assert losses.requires_grad
+    assert correct.dtype == torch.bool
+    assert correct.item() == has_share
+
+
+class NotingScaler:
+    """As torch's GradScaler, with a scale of 1,024, and a note of each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def scale(self, loss):
+        self.calls.append("scale")
+        return 1024 * loss
+
+    def unscale_(self, optimizer):
+        self.calls.append("unscale_")
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad /= 1024
+
+    def step(self, optimizer):
+        self.calls.append("step")
+        optimizer.step()
+
+    def update(self):
+        self.calls.append("update")
+
+
+def test_a_scaled_loss_gives_the_same_step():
+    """Under fp16: the gradient is clipped when it has its own size again."""
+    trainer = make_pretraining()
+    trainer.scaler = NotingScaler()
+    slow = SlowPIRL(trainer)
+    uniforms = trainer.epoch_uniforms(1)
+    index = torch.tensor([7, 2, 9, 4, 0, 5])
+    before = state_of(trainer.model)
+
+    trainer.train_step(index, uniforms, 1, 0)
+    slow.train_step(index, uniforms, 1, 0)
+    assert trainer.scaler.calls == ["scale", "unscale_", "step", "update"]
+    assert_same_change(before, state_of(trainer.model), state_of(slow.model))
+
+
+def test_full_batches_of_training_alone_run_compiled_and_over_the_ranks(monkeypatch):
+    """DistributedDataParallel has no gradients to average in validation."""
+    trainer = make_pretraining()
+    uniforms = trainer.epoch_uniforms(1)
+    images = trainer.images[:4]
+    stances = []
+    over_the_ranks = []
+
+    def network(*inputs):
+        over_the_ranks.append(True)
+        return trainer.model(*inputs)
+
+    def set_stance(stance):
+        stances.append(stance)
+        return contextlib.nullcontext()
+
+    trainer.network = network
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    for training in (True, False):
+        for full_batch in (True, False):
+            trainer.model.train(training)
+            over_the_ranks.clear()
+            trainer.run_network(images, uniforms[:4], full_batch)
+            assert bool(over_the_ranks) == training
+    assert stances == ["default", "force_eager", "force_eager", "force_eager"]
+
+    stances.clear()
+    for index in (torch.arange(6), torch.arange(4)):
+        trainer.train_step(index, uniforms, 1, 0)
+    assert stances == ["default", "force_eager"], "--batch-size is 6"
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 5])
+def test_the_learning_rate_of_every_step(warmup_steps):
+    """Three steps per epoch; the run begins in epoch 2, and the cosine ends after 4."""
+    args = SimpleNamespace(
+        lr=0.5, warmup_steps=warmup_steps, tmax_for_cos_decay=4, cont_epoch=2
+    )
+    for epoch in range(2, 7):
+        for step in range(3):
+            epochs_done = epoch - 1 + step / 3
+            expected = 0.5 * (1 + math.cos(math.pi * epochs_done / 4)) / 2
+            if epochs_done >= 4:
+                expected = 0
+            steps_of_this_run = 3 * (epoch - 2) + step + 1
+            if steps_of_this_run < warmup_steps:
+                expected *= steps_of_this_run / warmup_steps
+            rate = pirl_stl_train_test.learning_rate(args, epoch, step, 3)
+            assert rate == pytest.approx(expected, abs=1e-12), (epoch, step)
 
 
 @pytest.mark.parametrize("flags", ALL_LOSSES)

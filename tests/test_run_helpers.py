@@ -245,6 +245,28 @@ def test_a_launcher_sets_all_of_its_variables(monkeypatch):
         assert ranks_with(monkeypatch, some) == (0, 1), missing
 
 
+def test_rows_are_gathered_in_the_batch_s_order(monkeypatch):
+    """Ranks with two rows, one and none; the last one's row is a stand-in.
+
+    all_reduce() would sum what the ranks give it: here the test does.
+    """
+    rows = [
+        torch.tensor([[1.0, 2], [3, 4]]),
+        torch.tensor([[5.0, 6]]),
+        torch.ones(1, 2),
+    ]
+    monkeypatch.setattr(run_helpers, "all_reduce", lambda tensor: tensor)
+    monkeypatch.setattr(run_helpers, "RANKS", 3)
+    given = []
+    for rank in range(3):
+        monkeypatch.setattr(run_helpers, "RANK", rank)
+        given.append(run_helpers.gather_rows(rows[rank], [2, 1, 0]))
+    assert sum(given).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+    monkeypatch.setattr(run_helpers, "RANKS", 1)
+    assert run_helpers.gather_rows(rows[0], [2]) is rows[0]
+
+
 def test_ranks_must_have_the_same_flags_and_files(monkeypatch):
     ours = {"lr": 0.1, "batch_size": 16}
     others = {"lr": 0.1, "batch_size": 32}

@@ -126,6 +126,30 @@ def test_a_mismatch_is_one_line(tmp_path):
     assert len(line) < 200 + len(str(tmp_path)) + 100
 
 
+def test_a_full_disk_in_the_middle_of_a_checkpoint(
+    pretrain, finished, tmp_path, monkeypatch
+):
+    """The last one stays whole, nothing half-written stays, and the run goes on."""
+    finished("exp")
+    checkpoint = tmp_path / "weights/exp.ckpt"
+    before = checkpoint.read_bytes()
+
+    def save_half(content, file):
+        file.write(before[: len(before) // 2])
+        raise OSError(28, "No space left on device")
+
+    longer = ("--epochs", 3, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_half)
+        outcome = pretrain("exp", *longer)
+    assert outcome.is_one_line_error("exp.ckpt", "No space left on device")
+    assert checkpoint.read_bytes() == before
+    assert not list((tmp_path / "weights").glob("*.part"))
+
+    outcome = pretrain("exp", *longer)
+    assert outcome.status == 0, outcome.err
+
+
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(
     call, tiny, tmp_path

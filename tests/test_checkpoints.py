@@ -137,7 +137,7 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint(
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    longer = ("--epochs", 3, "--resume")
+    longer = ("--epochs", 3, "--checkpoint-minutes", 0, "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         outcome = pretrain("exp", *longer)

@@ -378,8 +378,9 @@ class FineTuning:
         self.model.softmax_layer.load_state_dict(self.best["softmax_layer"])
         test_accuracy = None
         if self.test_images is not None:
-            test_accuracy = self.accuracy(
-                self.features(self.test_images), self.test_labels
+            features = self.features(self.test_images)
+            _, test_accuracy = evaluate(
+                self.model.softmax_layer, features, self.test_labels
             )
         self.results["full"] = (self.best["val_acc"], test_accuracy)
 
@@ -392,9 +393,6 @@ class FineTuning:
     def predictions(self, features):
         """features [N, d] -> classes int64 [N], by the softmax layer as it is now."""
         return self.model.softmax_layer(features).argmax(1)
-
-    def accuracy(self, features, labels):
-        return (self.predictions(features) == labels).float().mean().item()
 
 
 def make_start_trunk(args, path, weights):

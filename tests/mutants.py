@@ -86,7 +86,12 @@ def main():
     if args.run_mutmut:
         run_mutmut(names, args.processes)
         return
-    copy_project(names, tests=["tests"] if args.all else NEAREST_TESTS)
+    tests = NEAREST_TESTS
+    if args.all:
+        tests = ["tests"]
+    elif args.names:
+        tests = NEAREST_TESTS + own_tests(names)
+    copy_project(names, tests)
     environment = os.environ | {
         # Forked processes must not share threads, or a card.
         "OMP_NUM_THREADS": "1",
@@ -96,6 +101,14 @@ def main():
     command += ["--processes", str(args.processes), *names]
     subprocess.run(command, cwd=WORK, env=environment, check=True)
     write_report(names)
+
+
+def own_tests(names):
+    """The test files of the modules that are named, without those of NEAREST_TESTS."""
+    modules = {name.split(".")[0] for name in names}
+    files = sorted(f"tests/test_{module}.py" for module in modules)
+    existing = [file for file in files if (ROOT / file).exists()]
+    return [file for file in existing if file not in NEAREST_TESTS]
 
 
 # ---- The copy ------------------------------------------------------------------------

@@ -14,11 +14,20 @@ import torch
 from records import checkpoint, weights
 from torch import nn
 
+import models
 import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import PIXEL_MEAN, PIXEL_STD
 from checkpoints import Experiment
-from run_helpers import BANK, NEGATIVES, ORDER, VIEWS, make_generator
+from run_helpers import (
+    BANK,
+    INITIAL_WEIGHTS,
+    NEGATIVES,
+    ORDER,
+    VIEWS,
+    derived_seed,
+    make_generator,
+)
 
 CPU = torch.device("cpu")
 SIDE = 36
@@ -363,6 +372,82 @@ def test_a_rank_takes_its_share_of_the_whole_batch_s_step(monkeypatch):
     assert_same_change(before, state_of(trainer.model), state_of(slow.model))
     bank = trainer.bank.vectors.double()
     torch.testing.assert_close(bank, slow.bank, rtol=0, atol=2e-5)
+
+
+def test_the_network_is_what_the_flags_say():
+    trainer = make_pretraining(
+        "--seed", 5, "--crop-area", 0.4, "--colour-strength", 0.3
+    )
+    trunk = trainer.model.trunk
+    assert trunk.conv1.kernel_size == (7, 7)
+    assert trunk.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (trunk.layer1[0].bn2.weight == 1).all()
+    assert len(trainer.model.head_f) == len(trainer.model.head_g.together) == 1
+    assert trainer.image_view.area == (0.4, 1.0)
+    assert trainer.image_view.colour_jitter.strength == 0.3
+    assert trainer.pretext.colour_jitter.strength == 0.3
+    assert trainer.negative_count == 3
+
+    # The first weights have a stream of random numbers of their own.
+    torch.manual_seed(derived_seed(5, INITIAL_WEIGHTS))
+    first_trunk, _ = models.make_trunk("res18", zero_init=False)
+    assert trunk.conv1.weight.equal(first_trunk.conv1.weight.double())
+
+    # fmt: off
+    others = make_pretraining(
+        "--stem", "small", "--zero-init", "True", "--non-linear-head", "True",
+    )
+    # fmt: on
+    trunk = others.model.trunk
+    assert trunk.conv1.kernel_size == (3, 3)
+    assert (trunk.layer1[0].bn2.weight == 0).all()
+    assert len(others.model.head_f) == len(others.model.head_g.together) == 3
+
+
+def test_by_default_all_other_training_images_are_negatives(monkeypatch):
+    """If they are fewer than 6,400."""
+    args = pirl_stl_train_test.make_parser().parse_args(["--device", "cpu"])
+    pirl_stl_train_test.resolve_defaults(args, CPU)
+    images = torch.zeros(18, 3, SIDE, SIDE, dtype=torch.uint8)
+    trainer = pirl_stl_train_test.Pretraining(args, CPU, images, TRAIN_IMAGES)
+    assert trainer.negative_count == TRAIN_IMAGES - 1
+    monkeypatch.setattr(pirl_stl_train_test, "DEFAULT_NEGATIVES", 4)
+    trainer = pirl_stl_train_test.Pretraining(args, CPU, images, TRAIN_IMAGES)
+    assert trainer.negative_count == 4
+
+
+def test_two_ranks_average_their_gradients_and_not_their_statistics(monkeypatch):
+    """And with --compile, the trunk and the views are compiled for fixed shapes."""
+    wrapped = []
+    compiled = []
+
+    def parallel(model, **options):
+        wrapped.append((model, options))
+        return "parallel"
+
+    def compile_function(function, **options):
+        compiled.append((function.__name__, options))
+        return function
+
+    def compile_module(module, **options):
+        compiled.append((type(module).__name__, options))
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", parallel)
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(nn.Module, "compile", compile_module)
+    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    monkeypatch.setattr(pirl_stl_train_test, "check_compiler", lambda: None)
+    trainer = make_pretraining("--compile", "True")
+    assert trainer.network == "parallel"
+    assert wrapped == [(trainer.model, {"broadcast_buffers": False})]
+    fixed = {"dynamic": False}
+    assert compiled == [("ThinResNet", fixed), ("make_views", fixed)]
+
+    compiled.clear()
+    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 1)
+    alone = make_pretraining()
+    assert alone.network is alone.model
+    assert compiled == []
 
 
 @pytest.mark.parametrize(("ranks", "has_share"), [(3, True), (4, False)])

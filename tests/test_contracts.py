@@ -524,6 +524,28 @@ def test_a_scaled_loss_gives_the_same_step():
     assert_same_change(before, state_of(trainer.model), state_of(slow.model))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_network_runs_in_the_precision_of_the_flag(precision, dtype):
+    """What its convolutions give; the loss and the bank are float32 in any case."""
+    trainer = make_pretraining("--precision", precision)
+    trainer.model.float()
+    for state in trainer.optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].float()
+    trainer.image_view.register_forward_hook(lambda *hooked: hooked[2].float())
+    trainer.pretext.register_forward_hook(lambda *hooked: hooked[2].float())
+    types = set()
+    trainer.model.trunk.layer4[0].conv2.register_forward_hook(
+        lambda *hooked: types.add(hooked[2].dtype)
+    )
+    index = torch.arange(6)
+    uniforms = trainer.epoch_uniforms(1)
+    _, losses, _ = trainer.forward_batch(index, uniforms, 1, 0)
+    assert types == {dtype}
+    assert losses.dtype == trainer.bank.vectors.dtype == torch.float32
+
+
 def test_full_batches_of_training_alone_run_compiled_and_over_the_ranks(monkeypatch):
     """DistributedDataParallel has no gradients to average in validation."""
     trainer = make_pretraining()

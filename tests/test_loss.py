@@ -231,6 +231,24 @@ def test_a_tie_is_not_correct():
     assert not pretext_correct(vector, vector, negatives, excluded).item()
 
 
+@pytest.mark.parametrize(("lead", "is_correct"), [(3e-5, True), (3e-6, False)])
+def test_a_lead_must_be_more_than_rounding(lead, is_correct):
+    """Cosines are compared, of each of the 16 images by itself."""
+
+    def with_cosine(cosine):
+        vector = torch.zeros(128)
+        vector[0] = cosine
+        vector[1] = math.sqrt(1 - cosine**2)
+        return vector
+
+    g = with_cosine(1).repeat(16, 1)
+    memory = with_cosine(0.6).repeat(16, 1)
+    negatives = with_cosine(0.6 - lead)[None]
+    excluded = torch.zeros(16, 1, dtype=torch.bool)
+    correct = pretext_correct(g, memory, negatives, excluded)
+    assert correct.tolist() == [is_correct] * 16
+
+
 def test_correct_is_of_g_against_the_bank():
     memory = unit(2, 128, seed=1).float()
     negatives = unit(6, 128, seed=2).float()

@@ -137,6 +137,24 @@ def test_a_flip_is_the_mirrored_view():
     torch.testing.assert_close(flipped, plain.flip(3), rtol=0, atol=1e-3)
 
 
+def test_a_crop_s_box_by_hand():
+    """A number each for the area, the aspect ratio, the row and the column."""
+    uniforms = make_uniforms(300, CROP_UNIFORMS, seed=9)
+    corners, sizes = crop_box(uniforms, 96, (0.2, 1.0))
+    limited = 0
+    for row, corner, size in zip(uniforms, corners, sizes, strict=True):
+        area, aspect, down, right = row.double().tolist()
+        pixels = (0.2 + 0.8 * area) * 96**2
+        width = math.sqrt(pixels * 3 / 4 * ((4 / 3) / (3 / 4)) ** aspect)
+        limited += not pixels / 96 <= width <= 96
+        width = max(min(width, 96), pixels / 96)
+        height = pixels / width
+        assert size.tolist() == pytest.approx([height, width], rel=1e-4)
+        place = [down * (96 - height), right * (96 - width)]
+        assert corner.tolist() == pytest.approx(place, abs=0.01)
+    assert 10 < limited < 100
+
+
 def test_crop_area_and_aspect_span_their_ranges():
     uniforms = make_uniforms(20000, CROP_UNIFORMS)
     corner, size = crop_box(uniforms, 96, (0.2, 1.0))

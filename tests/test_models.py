@@ -71,6 +71,27 @@ def test_patches_are_concatenated_in_presentation_order():
             torch.testing.assert_close(g[image], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_small_stem_is_a_convolution_of_stride_1():
+    """It is initialised as torchvision does it: normal, with variance 2 / fan-out."""
+    torch.manual_seed(0)
+    convolution = make_trunk("res18", "small")[0].conv1
+    assert convolution.weight.shape == (64, 3, 3, 3)
+    assert convolution.stride == (1, 1)
+    assert convolution.padding == (1, 1)
+    assert convolution.bias is None
+    expected = (2 / (64 * 9)) ** 0.5
+    assert convolution.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert convolution.weight.abs().max() > 3 * expected, "normal, not uniform"
+
+
+def test_by_default_the_stem_is_torchvision_s_and_blocks_start_as_the_identity():
+    trunk, _ = make_trunk("res18")
+    assert trunk.conv1.kernel_size == (7, 7)
+    assert (trunk.layer1[0].bn2.weight == 0).all()
+    with_weights, _ = make_trunk("res18", zero_init=False)
+    assert (with_weights.layer1[0].bn2.weight == 1).all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_running_statistics_are_those_of_whole_images(training):
     """A pass over images and patches leaves those that a pass over images leaves."""

@@ -84,6 +84,31 @@ def test_the_small_stem_is_a_convolution_of_stride_1():
     assert convolution.weight.abs().max() > 3 * expected, "normal, not uniform"
 
 
+@pytest.mark.full_trunk
+@pytest.mark.parametrize("model_type", ["res18", "res50"])
+def test_all_convolutions_but_the_first_know_small_maps(model_type):
+    trunk, _ = make_trunk(model_type)
+    for name, module in trunk.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert isinstance(module, SmallMapConv2d) == (name != "conv1"), name
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (1, 0)])
+def test_a_small_map_takes_no_convolution(monkeypatch, kernel, padding):
+    """torch's own is left to the larger maps, and to those that are not square."""
+    sizes = []
+
+    def note_size(convolution, x, *rest):
+        sizes.append(tuple(x.shape[2:]))
+
+    plain = nn.Conv2d(8, 8, kernel, padding=padding, bias=False)
+    convolution = SmallMapConv2d.adopt(plain)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", note_size)
+    for size in ((1, 1), (2, 2), (3, 3), (2, 1), (1, 2)):
+        convolution(torch.randn(2, 8, *size))
+    assert sizes == [(3, 3), (2, 1), (1, 2)]
+
+
 def test_by_default_the_stem_is_torchvision_s_and_blocks_start_as_the_identity():
     trunk, _ = make_trunk("res18")
     assert trunk.conv1.kernel_size == (7, 7)

@@ -255,7 +255,12 @@ def test_a_picture_that_cannot_be_written_is_refused_before_training(
 
 # ---- Signals -------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143),
+        # test_progress.py has a process that gets Ctrl-C.
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_signals(tiny, tmp_path, number, status):
     run = ("--epochs", 500, "--experiment-name", "exp", "--checkpoint-minutes", 0)

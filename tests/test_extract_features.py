@@ -232,7 +232,7 @@ def test_the_readme_s_snippet(call, flags, tmp_path, stem):
     code = code.replace('"."', repr(str(ROOT)))
     code += "\nimport numpy; numpy.save('own.npy', features.numpy())\n"
 
-    run = (*flags, "--experiment-name", "exp", "--stem", stem)
+    run = (*flags, "--experiment-name", "exp", "--stem", stem, "--knn-every", 0)
     outcome = call("pirl_stl_train_test", *run)
     assert outcome.status == 0, outcome.err
     write_image(tmp_path / "pictures/cat.jpg", 5, (60, 60))

@@ -58,7 +58,10 @@ def parse_args(argv=None):
         **bool_flag(True),
         help="whether to measure the conventional pipeline too",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.conventional and args.pretext != "jigsaw":
+        parser.error("of other tasks than jigsaw, use --conventional False")
+    return args
 
 
 def main(argv=None):
@@ -215,23 +218,18 @@ def training_step(trainer, batch_size):
 
 def bare_network(trainer):
     """Forward, backward and optimiser on inputs that stay the same."""
-    batch_size = trainer.args.batch_size
-    image_side = trainer.args.image_size
-    _, patch_side = jigsaw.patch_sizes(image_side)
-    view = random_input(batch_size, image_side, trainer.device)
-    patches = random_input(batch_size * jigsaw.CELLS, patch_side, trainer.device)
+    index = torch.arange(trainer.args.batch_size)
+    uniforms = trainer.epoch_uniforms(1)[: len(index)]
+    views = trainer.make_views(trainer.take_images(index), uniforms)
+    # Of the views, only the shapes matter.
+    view, pretext_inputs = [torch.randn_like(view) for view in views]
 
     def step():
-        image_vectors, patch_vectors = forward(trainer, view, patches)
+        image_vectors, patch_vectors = forward(trainer, view, pretext_inputs)
         loss = image_vectors.square().mean() + patch_vectors.square().mean()
         backward(trainer, loss)
 
     return step
-
-
-def random_input(count, side, device):
-    """float32 [count, 3, side, side], channels-last."""
-    return torch.randn(count, side, side, 3, device=device).permute(0, 3, 1, 2)
 
 
 def forward(trainer, view, patches):

@@ -181,6 +181,18 @@ def test_throughput(monkeypatch, capsys):
         assert float(time_ratio) > 0
 
 
+@pytest.mark.parametrize("pretext", ["rotation", "jigsaw-rotation"])
+def test_throughput_of_other_pretext_tasks(monkeypatch, capsys, pretext):
+    """The conventional pipeline has jigsaw puzzles alone."""
+    monkeypatch.setattr(throughput, "IMAGES", 32)
+    flags = [*TINY, "--batch-size", "8", "--rounds", "1", "--pretext", pretext]
+    throughput.main([*flags, "--conventional", "False"])
+    assert "training step | " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        throughput.main(flags)
+    assert "use --conventional False" in capsys.readouterr().err
+
+
 def test_the_yardstick_is_a_product_in_the_network_s_precision(monkeypatch):
     dtypes = []
 

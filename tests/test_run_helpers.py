@@ -459,7 +459,7 @@ def test_help_without_docstrings(call, monkeypatch, name):
 
 @pytest.mark.slow
 def test_scripts_without_docstrings():
-    """As above, by python -OO itself, which compiles torch anew."""
+    """As above, by python -OO itself. It compiles all of torch first."""
     code = (
         "import sys\n"
         "sys.path.insert(0, 'tests')\n"

@@ -32,7 +32,7 @@ import torch
 from conftest import ThinResNet, write_raw
 from records import parts_of, same, weights
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import models
 import pirl_stl_train_test
@@ -154,8 +154,8 @@ class Watch(TorchDispatchMode):
 
 def run(func, args, kwargs):
     """One operator: on the pretended device if a tensor or the `device` asks for it."""
-    tensors = []
-    tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     on_cuda = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     on_cpu = [tensor for tensor in tensors if not isinstance(tensor, Pretend)]
 
@@ -170,7 +170,10 @@ def run(func, args, kwargs):
     if on_cuda and func is aten._fused_sgd_.default:
         check_fused_sgd(args)
 
-    outputs = compute(func, args, kwargs)
+    given = (args, kwargs)
+    if on_cuda:
+        given = tree_map_only(Pretend, lambda tensor: tensor.held, given)
+    outputs = compute(func, *given)
     if not to_cuda or func in SCALARS:
         return outputs
     outputs = tree_map_only(torch.Tensor, Pretend, outputs)
@@ -249,8 +252,7 @@ def check_fused_sgd(args):
 
 
 def compute(func, args, kwargs):
-    """The operator on the CPU."""
-    args, kwargs = tree_map_only(Pretend, lambda tensor: tensor.held, (args, kwargs))
+    """The operator, of CPU tensors."""
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU}
 

@@ -284,6 +284,7 @@ def test_a_taken_name(call, tiny, tmp_path, script):
 
 
 def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
+    """Until SIGTERM ends it, with a checkpoint."""
     process = start("tests/thin_script", "pirl_stl_train_test", *tiny, *LONG)
     wait_for(tmp_path / "weights/exp.ckpt", process)
     run = (*tiny, "--experiment-name", "exp")
@@ -294,8 +295,11 @@ def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
     outcome = call("pirl_stl_train_test", *run, *elsewhere)
     assert outcome.is_one_line_error("another process"), "the same CSV"
 
-    process.kill()
-    process.communicate()
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "--resume True" in out
+    assert err == ""
     outcome = call("pirl_stl_train_test", *run)
     assert outcome.is_one_line_error("--resume")
 

@@ -254,15 +254,12 @@ def test_a_picture_that_cannot_be_written_is_refused_before_training(
 
 
 # ---- Signals -------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [
-        (signal.SIGTERM, 143),
-        # test_progress.py has a process that gets Ctrl-C.
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-    ],
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_signals(tiny, tmp_path, number, status):
+    """Processes of test_checkpoints.py and test_progress.py get them, too."""
     run = ("--epochs", 500, "--experiment-name", "exp", "--checkpoint-minutes", 0)
     process = start("tests/thin_script", "pirl_stl_train_test", *tiny, *run)
     checkpoint = tmp_path / "weights/exp.ckpt"

@@ -163,7 +163,7 @@ def test_the_docstring_s_long_form_is_the_same(tmp_path, monkeypatch, stem):
 def test_from_a_program_elsewhere(tmp_path):
     """Nothing of this repository is on its path, and its folder is another one.
 
-    The README's snippet is run in the same way by test_extract_features.py.
+    The README's own snippet is run by test_extract_features.py.
     """
     expected = write_weights(tmp_path / "weights/exp.pt")
     write_image(tmp_path / "cat.jpg", 3)

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 import augmentations
 import jigsaw
 import pirl_stl_train_test
-from benchmarks import compare, gpu_report, results, synthetic, throughput
+from benchmarks import compare, equal_time, gpu_report, results, synthetic, throughput
 from dataset_helpers import load_labelled
 from run_helpers import UserError
 from stl10_data_load import SPLITS, write_split
@@ -19,19 +21,28 @@ from stl10_data_load import SPLITS, write_split
 
 # ---- The results table ---------------------------------------------------------------
 @pytest.fixture
-def make_table(call, data_dir, tmp_path, monkeypatch):
-    """make_table(flags of pretraining) -> the lines of the table's file.
+def run_here(call, tmp_path, monkeypatch):
+    """The scripts run in this process instead of one of their own.
 
-    Its runs are made in this process instead of one of their own, and counted.
+    run_here.runs: their names. The current folder is the test's.
     """
     runs = []
 
-    def run_here(command):
+    def run(command):
         script = Path(command[1]).stem
         outcome = call(script, *command[2:])
         assert outcome.status == 0, outcome.err
         runs.append(script)
         return SimpleNamespace(returncode=0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "subprocess", SimpleNamespace(run=run))
+    return SimpleNamespace(runs=runs)
+
+
+@pytest.fixture
+def make_table(run_here, data_dir, tmp_path):
+    """make_table(flags of pretraining) -> the lines of the table's file."""
 
     def make_table(flags):
         tiny = "--image-size 36 --device cpu --batch-size 16"
@@ -41,17 +52,14 @@ def make_table(call, data_dir, tmp_path, monkeypatch):
         results.main(arguments)
         return (tmp_path / "results/data.md").read_text("utf-8").splitlines()
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results, "subprocess", SimpleNamespace(run=run_here))
-    make_table.runs = runs
     return make_table
 
 
-def test_results(make_table, tmp_path):
+def test_results(make_table, run_here, tmp_path):
     """All stages once; then nothing is run again; a change of settings is refused."""
     make_table("--only-train True")
     lines = make_table("--only-train True")
-    assert len(make_table.runs) == 6
+    assert len(run_here.runs) == 6
 
     # The table of test images, then the one of validation images; a cell per trunk.
     for name in results.STAGES:
@@ -69,11 +77,13 @@ def test_results(make_table, tmp_path):
             make_table(f"--only-train True {changed}")
 
 
-def test_results_ask_for_matplotlib_before_they_begin(make_table, monkeypatch):
+def test_results_ask_for_matplotlib_before_they_begin(
+    make_table, run_here, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r": pip install -r requirements-dev\.txt$"):
         make_table("")
-    assert make_table.runs == []
+    assert run_here.runs == []
 
 
 def test_results_tell_how_long_each_stage_took():
@@ -95,6 +105,125 @@ def test_results_tell_how_long_each_stage_took():
     for name in ("kNN", probe, "full fine-tuning"):
         assert f"{name} | none | none" in lines  # test images: there are none
         assert f"{name} | 50.00 % | 50.00 %" in lines
+
+
+# ---- Beside another library ----------------------------------------------------------
+class OneView(torch.nn.Module):
+    """In the place of a method of lightly."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, views):
+        return self.backbone(views[0]).square().mean()
+
+    def before_step(self, progress):
+        assert 0 <= progress < 1
+
+    @staticmethod
+    def transform(size):
+        return lambda image: [to_tensor(image.resize((size, size)))]
+
+
+class FlatFolder:
+    """In the place of LightlyDataset."""
+
+    def __init__(self, folder, transform):
+        self.files = sorted(Path(folder).iterdir())
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, number):
+        file = self.files[number]
+        return self.transform(Image.open(file)), 0, file.name
+
+
+@pytest.fixture
+def at_equal_time(run_here, data_dir, tmp_path, monkeypatch):
+    """at_equal_time() -> the lines of the table's file, of runs of half a second."""
+    monkeypatch.setattr(equal_time, "HAS_LIGHTLY", True)
+    monkeypatch.setattr(equal_time, "LightlyDataset", FlatFolder, raising=False)
+    monkeypatch.setattr(equal_time, "METHODS", {"OneView": OneView})
+    monkeypatch.setattr(equal_time, "LEARNING_RATES", (0.1,))
+    monkeypatch.setattr(equal_time, "BATCH_SIZE", 16)
+
+    def at_equal_time():
+        flags = "--image-size 36 --device cpu --minutes 0.01 --workers 0 --seeds 1"
+        equal_time.main(["--data-dir", str(data_dir), *flags.split()])
+        table = tmp_path / "results/data_0.01_minutes.md"
+        return table.read_text("utf-8").splitlines()
+
+    return at_equal_time
+
+
+@pytest.mark.slow
+def test_equal_time(at_equal_time, run_here, tmp_path):
+    """PIRL and both variants of the one method, with a softmax layer each."""
+    at_equal_time()
+    lines = at_equal_time()
+    names = run_here.runs
+    assert names.count("pirl_stl_train_test") == 2, "an epoch to measure, then the run"
+    assert names.count("train_stl_after_ssl") == 3
+    assert len(names) == 5, "what is finished is not run again"
+
+    rows = [line.split(" | ") for line in lines if line.count(" | ") == 9][2:]
+    assert [row[:4] for row in rows] == [
+        ["PIRL", "its own", "yes", "0"],
+        ["OneView", "0.1", "yes", "0"],
+        ["OneView", "0.1", "no", "0"],
+    ]
+    for row in rows:
+        assert int(row[4]) > 0, "images"
+        assert all(cell.endswith(" %") for cell in row[7:])
+
+    # The trunk is the one that was trained, and the time was over.
+    weights = tmp_path / "results/data_0.01_minutes/weights"
+    run = torch.load(weights / "OneView_0.1_plain_0.pth", weights_only=True)
+    assert run["seconds"] >= 0.6
+    assert run["image_count"] % 16 == 0
+    fine_tuned = torch.load(weights / "from_OneView_0.1_plain_0.pt", weights_only=True)
+    for name, value in run["state_dict"].items():
+        own_name = name.removeprefix("backbone.")
+        assert torch.equal(fine_tuned["trunk"][own_name], value), name
+
+
+def test_equal_time_without_lightly(monkeypatch):
+    monkeypatch.setattr(equal_time, "HAS_LIGHTLY", False)
+    with pytest.raises(UserError, match="lightly is not installed: pip install"):
+        equal_time.main([])
+
+
+def test_the_learning_rate_of_equal_time():
+    """A rise over a twentieth of the time, then a cosine to 0."""
+    expected = {0.0: 0.0, 0.025: 1.0, 0.05: 2.0, 0.525: 1.0, 1.0: 0.0}
+    for progress, lr in expected.items():
+        assert equal_time.learning_rate(2.0, progress) == pytest.approx(lr)
+
+
+def test_the_best_variant_is_that_of_the_validation_images():
+    def result(method, lr, seed, validation, test):
+        variant = equal_time.Variant(method, lr, True)
+        softmax = (validation, test)
+        return equal_time.Result(variant, seed, 1280, 60.0, softmax, (0.3, 0.2))
+
+    results = [
+        result("PIRL", None, 0, 0.5, 0.51),
+        result("SimCLR", 0.02, 0, 0.4, 0.46),
+        result("SimCLR", 0.06, 0, 0.45, 0.44),
+        result("SimCLR", 0.06, 1, 0.44, 0.42),
+        result("BYOL", 0.02, 0, 0.0, None),
+        result("Barlow Twins", 0.2, 0, 0.3, 0.31),
+    ]
+    lines = equal_time.summary_table(results).splitlines()
+    assert lines[2:] == [
+        "PIRL | 20.00 % | 51.00 % | 1",
+        "SimCLR | 20.00 ± 0.00 % | 43.00 ± 1.41 % | 2",
+        "BYOL | 20.00 % | none | 1",
+        "Barlow Twins | 20.00 % | 31.00 % | 1",
+    ]
 
 
 # ---- Two runs side by side -----------------------------------------------------------

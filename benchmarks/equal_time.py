@@ -79,7 +79,7 @@ def parse_args(argv=None):
         help="the folder with the images")
     add("--minutes", type=bounded(float, 0.01), default=12.0,
         help="of every pretraining")
-    add("--image-size", type=bounded(int, 36, 1024), default=96)
+    add("--image-size", type=bounded(int, 36, 224), default=96)
     add("--seeds", type=bounded(int, 1), default=2, help="how many seeds, from 0")
     add("--workers", type=bounded(int, 0, 1024), default=2,
         help="the processes that read images for lightly")

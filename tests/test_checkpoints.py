@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_torch_files_that_cannot_be_read(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read_torch_file(path)
+
+
+def test_a_checkpoint_of_a_gpu_is_read_onto_the_cpu(tmp_path, monkeypatch):
+    path = tmp_path / "exp.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        atomic_save({"bank": torch.arange(4.0)}, path)
+    bank = read_torch_file(path)["bank"]
+    assert bank.device == torch.device("cpu")
+    assert bank.tolist() == [0, 1, 2, 3]
 
 
 def test_a_mismatch_is_one_line(tmp_path):
@@ -424,6 +435,14 @@ def test_paths_and_the_device_are_those_of_the_place(tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
 
 
+def test_where_the_images_are_kept_is_the_machine_s_affair(tmp_path):
+    parser = pirl_stl_train_test.make_parser()
+    before = ["--images-on", "device"]
+    assert restored(parser, tmp_path, before, []).images_on == "auto"
+    now = ["--images-on", "host"]
+    assert restored(parser, tmp_path, before, now).images_on == "host"
+
+
 def test_settings_of_another_version_are_not_looked_at(tmp_path):
     parser = pirl_stl_train_test.make_parser()
     argv = ["--weights-dir", str(tmp_path), "--observations-dir", str(tmp_path)]
@@ -452,6 +471,16 @@ def test_settings_through_a_script(call, tiny, tmp_path):
 
 
 # ---- Weights to start from -----------------------------------------------------------
+def test_a_folder_of_the_model_s_name_is_not_in_the_way(tmp_path, monkeypatch):
+    """As in the README: the images are in pets, and the run is called so too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()
+    content = {"trunk": {"conv1.weight": torch.zeros(1)}, "settings": {}}
+    atomic_save(content, tmp_path / "weights/pets.pt")
+    found, _ = read_weights("pets", Path("weights"))
+    assert found == Path("weights/pets.pt")
+
+
 def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     trunk = {"conv1.weight": torch.zeros(1)}
     content = {"kind": "PIRL weights", "trunk": trunk, "settings": {"lr": 1}}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ThinResNet
 from records import checkpoint, weights
 from torch import nn
 
@@ -19,7 +20,8 @@ import models
 import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from checkpoints import Experiment
+from checkpoints import Experiment, read_weights
+from evaluation import knn_accuracy
 from run_helpers import (
     BANK,
     INITIAL_WEIGHTS,
@@ -403,6 +405,15 @@ def test_the_network_is_what_the_flags_say():
     assert trunk.conv1.kernel_size == (3, 3)
     assert (trunk.layer1[0].bn2.weight == 0).all()
     assert len(others.model.head_f) == len(others.model.head_g.together) == 3
+
+
+def test_the_trunk_is_that_of_model_type(monkeypatch):
+    class OtherResNet(ThinResNet):
+        pass
+
+    monkeypatch.setitem(models.TRUNKS, "res50", OtherResNet)
+    trainer = make_pretraining("--model-type", "res50")
+    assert type(trainer.model.trunk) is OtherResNet
 
 
 def test_by_default_all_other_training_images_are_negatives(monkeypatch):
@@ -928,12 +939,13 @@ def test_a_run_of_pretraining(call, tiny, tmp_path, monkeypatch):
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------
-def make_fine_tuning(tiny, *flags):
+def make_fine_tuning(tiny, *flags, path=None, content=None):
+    """Fine-tuning of a random trunk, or of the weights in `content`, from `path`."""
     parser = train_stl_after_ssl.make_parser()
     args = parser.parse_args([str(flag) for flag in (*tiny, *flags)])
     args.stem = "imagenet"
     args.precision = "fp32"
-    return train_stl_after_ssl.FineTuning(args, CPU, None, {})
+    return train_stl_after_ssl.FineTuning(args, CPU, path, content or {})
 
 
 def slow_cross_entropy(logits, labels):
@@ -1003,6 +1015,119 @@ def test_a_random_trunk_begins_with_statistics_of_the_training_split(tiny):
     assert_statistics(trainer.model.trunk.state_dict(), statistics)
 
 
+def test_a_checkpoint_s_trunk_begins_with_statistics_of_plain_images(
+    finished, tiny, tmp_path
+):
+    """It has those of augmented views."""
+    finished("exp")
+    path, content = read_weights("exp.ckpt", tmp_path / "weights")
+    flags = ("--batch-size", 25)
+    trainer = make_fine_tuning(tiny, *flags, path=path, content=content)
+    batches = trainer.images[trainer.train_index].split(25)
+    statistics = slow_statistics(trainer.model.trunk, batches)
+    assert_statistics(trainer.model.trunk.state_dict(), statistics)
+
+
+def test_order_and_views_of_fine_tuning_are_functions_of_the_seed(tiny):
+    trainer = make_fine_tuning(tiny, "--seed", 5)
+    torch.manual_seed(7)
+    order = torch.randperm(50, generator=make_generator("cpu", 5, ORDER, 2))
+    assert torch.cat(trainer.epoch_batches(2)).equal(trainer.train_index[order])
+    uniforms = torch.rand(60, 7, generator=make_generator("cpu", 5, VIEWS, 2))
+    assert trainer.epoch_uniforms(2).equal(uniforms)
+
+
+def test_knn_searches_the_training_split_alone(tiny):
+    """Validation images would find themselves: their features say nothing else."""
+    trainer = make_fine_tuning(tiny)
+    generator = torch.Generator().manual_seed(3)
+    plain_features = torch.randn(60, 64, generator=generator)
+    mirrored = torch.randn(60, 64, generator=generator)
+    test_features = torch.randn(40, 64, generator=generator)
+    train = trainer.train_index
+    validation = trainer.val_index
+    labels = trainer.labels
+    plain_features[train, labels[train]] += 20
+    test_features[torch.arange(40), trainer.test_labels] += 20
+
+    def features(images, flip=False):
+        if images is trainer.test_images:
+            return test_features
+        return mirrored if flip else plain_features
+
+    trainer.features = features
+    train_stl_after_ssl.train_softmax_layer(trainer)
+    val_accuracy, test_accuracy = trainer.results["neighbours"]
+    known = (plain_features[train], labels[train])
+    expected = knn_accuracy(*known, plain_features[validation], labels[validation])
+    assert val_accuracy == expected < 0.8
+    assert test_accuracy == 1
+
+
+def test_a_fold_trains_and_chooses_by_its_own_images_alone(tiny, monkeypatch):
+    trainer = make_fine_tuning(tiny)
+    folds = [torch.arange(20), torch.arange(15, 55)]
+    trainer.folds = folds
+    fits = []
+
+    def note(arguments, result):
+        fits.append((arguments, result))
+
+    note_calls(monkeypatch, train_stl_after_ssl, "fit_softmax_layer", note)
+    train_stl_after_ssl.train_softmax_layer(trainer)
+
+    splits = [(fold, fold) for fold in folds]
+    splits.append((trainer.train_index, trainer.val_index))
+    for (arguments, _), (train, validation) in zip(fits, splits, strict=True):
+        assert arguments[2].equal(train)
+        assert arguments[3].equal(validation)
+
+    features = trainer.features(trainer.test_images)
+    for (_, fit), found in zip(fits[:2], trainer.results["folds"], strict=True):
+        layer, val_accuracy, _ = fit
+        _, accuracy = train_stl_after_ssl.evaluate(layer, features, trainer.test_labels)
+        assert found == (val_accuracy, accuracy)
+
+
+def test_the_neighbours_shown_are_training_images_with_their_classes(
+    tiny, tmp_path, monkeypatch
+):
+    trainer = make_fine_tuning(tiny, "--neighbours", tmp_path / "n.png")
+    shown = []
+    module = train_stl_after_ssl
+    monkeypatch.setattr(module, "neighbour_picture", lambda *parts: shown.extend(parts))
+    monkeypatch.setattr(module, "save_picture", lambda *_: None)
+    module.draw_neighbours(trainer, trainer.test_images, trainer.test_labels)
+
+    _, query_labels, found, found_labels, _ = shown
+    assert query_labels.tolist() == list(range(10))
+    assert found.shape[:2] == found_labels.shape == (10, 5)
+    training = set(trainer.train_index.tolist())
+    for image, label in zip(found.flatten(0, 1), found_labels.flatten(), strict=True):
+        is_image = (trainer.images == image).flatten(1).all(1)
+        (row,) = is_image.nonzero().flatten().tolist()
+        assert row in training
+        assert trainer.labels[row] == label
+
+
+def test_the_softmax_stage_lowers_its_learning_rate():
+    """Training gets better all the time; what validates has the wrong labels."""
+    labels = torch.tensor([0, 1] * 10 + [1, 0] * 5)
+    features = torch.tensor([-1.0, 1.0] * 15)[:, None].expand(2, 30, 1)
+    args = SimpleNamespace(
+        lr=0.1,
+        weight_decay=0,
+        patience_for_lr_decay=1,
+        epochs=6,
+        batch_size=8,
+        seed=5,
+    )
+    fit = train_stl_after_ssl.fit_softmax_layer
+    _, _, history = fit(features, labels, torch.arange(20), torch.arange(20, 30), args)
+    rates = [metrics["learning_rate"] for metrics in history]
+    assert rates == pytest.approx([0.1] * 3 + [0.01] * 2 + [0.001])
+
+
 def test_the_softmax_stage(tiny):
     """Both views, the split, and the weights of the first of the best epochs."""
     lr = 0.3
@@ -1039,6 +1164,8 @@ def test_the_softmax_stage(tiny):
         assert sorted(order.tolist()) == sorted(train.tolist())
         assert set(chosen.tolist()) == {0, 1}
         pairs = list(zip(order.tolist(), chosen.tolist(), strict=True))
+        loss_sum = 0
+        correct = 0
         for start in range(0, len(pairs), 16):
             batch = pairs[start : start + 16]
             features = torch.stack([views[view][image] for image, view in batch])
@@ -1046,6 +1173,8 @@ def test_the_softmax_stage(tiny):
             logits = features @ weight.T + bias
             loss = slow_cross_entropy(logits, batch_labels)
             sgd.step(torch.autograd.grad(loss, [weight, bias]), lr)
+            loss_sum += len(batch) * loss.item()
+            correct += (logits.argmax(1) == batch_labels).sum().item()
 
         with torch.no_grad():
             logits = views[0][validation] @ weight.T + bias
@@ -1057,6 +1186,8 @@ def test_the_softmax_stage(tiny):
         assert metrics["stage"] == "softmax"
         assert metrics["epoch"] == epoch
         assert metrics["learning_rate"] == lr
+        assert metrics["train_loss"] == pytest.approx(loss_sum / 50, rel=1e-3)
+        assert metrics["train_acc"] == pytest.approx(correct / 50)
         assert metrics["val_loss"] == pytest.approx(loss, rel=1e-3)
         assert metrics["val_acc"] == pytest.approx(accuracies[-1])
 
@@ -1086,6 +1217,7 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     states = []
     rates = []
     trainers = []
+    sums = []
     results = [(1.0, 0.3), (2.0, 0.5), (3.0, 0.2), (4.0, 0.5)]
 
     def after_step(arguments, totals):
@@ -1094,6 +1226,7 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
         indices.append(index)
         uniforms_seen.append(uniforms)
         rates.append(trainer.optimizer.param_groups[0]["lr"])
+        sums.append(totals)
 
     def validate(trainer):
         states.append(state_of(trainer.model))
@@ -1141,6 +1274,10 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     assert [metrics["stage"] for metrics in full_history] == ["full"] * 4
     pairs = [(metrics["val_loss"], metrics["val_acc"]) for metrics in full_history]
     assert pairs == results
+    for number, metrics in enumerate(full_history):
+        loss, accuracy = sum(sums[4 * number : 4 * number + 4]) / 50
+        assert metrics["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics["train_acc"] == pytest.approx(accuracy.item())
     assert content["pixel_mean"] == (0.4467, 0.4398, 0.4066)
     assert content["pixel_std"] == (0.2603, 0.2566, 0.2713)
     assert content["classes"] == [str(number) for number in range(1, 11)]

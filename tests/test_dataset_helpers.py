@@ -185,10 +185,11 @@ def test_pixels_of_16_bits_are_scaled(tmp_path):
     pixels = ramp()
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).save(tmp_path / "a.tif")
+    Image.fromarray(pixels.astype(">u2")).save(tmp_path / "big_endian.tif")
     # 16 bits that come as 32, as Pillow reads some PNG files.
     Image.fromarray(pixels.astype(np.int32)).save(tmp_path / "b.tif")
 
-    for name in ("a.png", "a.tif", "b.tif"):
+    for name in ("a.png", "a.tif", "big_endian.tif", "b.tif"):
         read = read_image(tmp_path / name, 48)
         assert (read == pixels >> 8).all(), name
 
@@ -269,6 +270,12 @@ def test_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
     advice = "use a smaller --image-size or fewer images"
     with pytest.raises(UserError, match=f"{problem}.*: {advice}"):
         load_images(files, 51, CPU, "images")
+
+
+def test_free_memory_is_what_linux_can_give(monkeypatch):
+    text = "MemTotal: 9000000 kB\nMemFree: 10 kB\nMemAvailable:  2000000 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: text)
+    assert free_memory(CPU) == 1024 * 2_000_000
 
 
 def test_a_system_without_proc(monkeypatch):

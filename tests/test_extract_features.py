@@ -12,8 +12,11 @@ import torchvision
 from conftest import ROOT
 from PIL import Image
 
+import hubconf
 import pirl_stl_train_test
 import train_stl_after_ssl
+from dataset_helpers import list_images, load_images
+from evaluation import trunk_features
 
 CLASSES = ["cat", "dog", "zebra"]
 
@@ -203,6 +206,19 @@ def test_file_names_of_another_encoding(call, flags, extract, zoo, tmp_path):
     names = np.load(tmp_path / "f.npz")["names"]
     assert os.fsdecode(b"cat/" + name) in names
     assert b"\ncat/" + name + b"," in (tmp_path / "p.csv").read_bytes()
+
+
+def test_the_image_size_of_the_flag_counts(call, flags, extract, zoo, tmp_path):
+    """The training's is 36."""
+    assert call("train_stl_after_ssl", *flags, "--experiment-name", "l").status == 0
+    out = tmp_path / "f.npz"
+    assert extract("--model", "l", "--image-size", 64, "--out", out).status == 0
+
+    trunk, _ = hubconf.trunk(tmp_path / "weights/l.pt")
+    files = list_images(zoo / "test")
+    images, _ = load_images(files, 64, torch.device("cpu"), "images")
+    expected = trunk_features(trunk, images, 128)
+    np.testing.assert_allclose(np.load(out)["features"], expected, 1e-4, 1e-5)
 
 
 @pytest.mark.full_trunk

@@ -568,6 +568,49 @@ def test_what_does_not_fit_is_refused_with_the_advice_that_helps(memory):
         check_memory(shape, CUDA, copies=1)
 
 
+def test_each_rank_of_a_node_takes_its_own_card(old_card, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
+    monkeypatch.setattr(run_helpers, "LOCAL_RANK", 3)
+    assert choose_device(parse()) == torch.device("cuda", 3)
+    assert current == [torch.device("cuda", 3)]
+
+    monkeypatch.setattr(run_helpers, "LOCAL_RANK", 4)
+    with pytest.raises(UserError, match="local rank 4: give torchrun a smaller"):
+        choose_device(parse())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_switches_of_deterministic(old_card, monkeypatch, wanted):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted)
+    choose_device(parse("--deterministic", wanted))
+    assert torch.are_deterministic_algorithms_enabled() == wanted
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (":4096:8" if wanted else "")
+    assert torch.backends.cudnn.benchmark != wanted
+    assert torch.utils.deterministic.fill_uninitialized_memory != wanted
+
+
+def test_what_is_made_for_a_card_is_made_there(monkeypatch):
+    class Noted:
+        def __init__(self, device, *rest, **options):
+            self.device = str(device)
+
+        def manual_seed(self, seed):
+            return self
+
+    monkeypatch.setattr(torch, "autocast", Noted)
+    monkeypatch.setattr(torch, "Generator", Noted)
+    monkeypatch.setattr(torch.amp, "GradScaler", Noted)
+    assert run_helpers.autocast(CUDA, "bf16").device == "cuda"
+    assert run_helpers.make_scaler(CUDA, "fp16").device == "cuda"
+    assert run_helpers.make_generator(CUDA, 1).device == "cuda:0"
+
+
 @pytest.mark.parametrize("wish", ["device", "auto"])
 def test_memory_is_stated_and_checked_before_images_are_read(
     old_card, memory, call, tiny, monkeypatch, wish
@@ -633,6 +676,20 @@ def test_compile_without_the_headers_of_python(call, tiny, tmp_path, monkeypatch
     pirl_stl_train_test.check_compiler()
 
 
+@pytest.mark.parametrize("compiler", ["c++", "g++", "clang++", "/opt/gcc/bin/g++-13"])
+def test_any_of_these_compilers_will_do(tmp_path, monkeypatch, compiler):
+    """torch takes the one that CXX names, or finds one of the three."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(shutil, "which", {compiler: compiler}.get)
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler.startswith("/"):
+        with pytest.raises(UserError, match="--compile needs a C"):
+            pirl_stl_train_test.check_compiler()
+        monkeypatch.setenv("CXX", compiler)
+    pirl_stl_train_test.check_compiler()
+
+
 # ---- Several ranks on a node ---------------------------------------------------------
 def test_free_memory_is_divided_by_the_ranks_of_a_node(data_dir, memory, monkeypatch):
     files = sorted((data_dir / "unlabelled").iterdir())
@@ -677,6 +734,16 @@ def test_ranks_of_a_node_need_memory_for_one_copy(
     memory(card=0, host=HUNDRED_IMAGES - 1)
     with pytest.raises(UserError, match="use a smaller --image-size"):
         load_images(files, 36, CPU, "images", all_ranks=True)
+
+
+def test_ranks_of_a_node_share_the_unlabelled_images(
+    tiny, memory, first_rank_of_a_node
+):
+    memory(card=0, host=HUNDRED_IMAGES)
+    args = parse(*tiny, "--only-train")
+    images, _, _ = dataset_helpers.load_unlabelled(args, CPU)
+    assert images[::2].any()
+    assert not images[1::2].any(), "these are for the other rank to decode"
 
 
 def test_other_ranks_of_a_node_take_its_first_rank_s_file(

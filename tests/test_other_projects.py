@@ -11,7 +11,15 @@ import torch
 from conftest import ThinResNet
 from torch import nn
 
-from checkpoints import find_trunk, read_torch_file, read_weights
+import hubconf
+from checkpoints import (
+    find_trunk,
+    model_type_of,
+    read_torch_file,
+    read_weights,
+    stem_of,
+)
+from models import make_trunk
 from run_helpers import UserError
 
 
@@ -341,6 +349,28 @@ def test_every_tensor_of_the_trunk_arrives(tmp_path, capsys, layout, prefix):
             assert key in notes
 
 
+@pytest.mark.parametrize("layout", [moco_v2, swav])
+def test_files_of_torch_before_1_6(tmp_path, layout):
+    """They are no zip archives."""
+    resnet = make_resnet(1)
+    path = tmp_path / "old.pth.tar"
+    content = layout(resnet, make_resnet(2))
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    _, weights = read_weights(str(path), tmp_path)
+    assert same_trunk(weights["trunk"], resnet)
+
+
+@pytest.mark.full_trunk
+@pytest.mark.parametrize("model_type", ["res18", "res34", "res50"])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_a_trunk_shows_what_it_is(model_type, stem):
+    with torch.device("meta"):  # the shapes are enough
+        trunk, _ = make_trunk(model_type, stem)
+    state_dict = trunk.state_dict()
+    assert model_type_of(state_dict) == model_type
+    assert stem_of(state_dict) == stem
+
+
 @pytest.mark.parametrize(("layout", "key"), [(dino, "args"), (supcontrast, "opt")])
 def test_the_flags_that_projects_save_beside_the_weights(tmp_path, layout, key):
     """An argparse.Namespace, which is plain values; timm has one as well."""
@@ -379,17 +409,24 @@ def test_fine_tuning_starts_from_moco(call, tiny, tmp_path):
     assert same_trunk(saved["trunk"], resnet)
 
 
-def test_fine_tuning_starts_from_supcontrast(call, tiny, tmp_path):
-    """Its stem is the small one, which a flag must say."""
+def test_fine_tuning_starts_from_supcontrast(call, tiny, tmp_path, data_dir):
+    """Its stem is the small one, which need not be said."""
     resnet = make_resnet(1, stem="small")
     path = tmp_path / "supcon.pth"
     torch.save(supcontrast(resnet, None), path)
 
     run = ("--pirl-model-name", path, "--experiment-name", "exp")
-    outcome = call("train_stl_after_ssl", *tiny, *run, "--stem", "small")
+    outcome = call("train_stl_after_ssl", *tiny, *run)
     assert outcome.status == 0, outcome.err
     saved = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
     assert same_trunk(saved["trunk"], resnet)
+    assert saved["settings"]["stem"] == "small"
+
+    trunk, _ = hubconf.trunk(path)
+    assert trunk.conv1.weight.equal(resnet.conv1.weight)
+    out = ("--image-size", 36, "--out", tmp_path / "f.npz")
+    outcome = call("extract_features", "--model", path, "--images", data_dir, *out)
+    assert outcome.status == 0, outcome.err
 
 
 def test_pretraining_and_features_by_lightly(call, tiny, tmp_path, data_dir):

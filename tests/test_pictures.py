@@ -21,13 +21,15 @@ def plain_images(*values, side=96):
     return torch.stack(images).to(torch.uint8)
 
 
-def record_texts(monkeypatch):
-    """A list that gets every text that is drawn."""
+def record_texts(monkeypatch, places=None):
+    """A list that gets every text that is drawn; `places` gets where that is."""
     texts = []
     draw_text = ImageDraw.ImageDraw.text
 
     def recorded(draw, place, text, *rest, **options):
         texts.append(text)
+        if places is not None:
+            places.append(place)
         draw_text(draw, place, text, *rest, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
@@ -35,7 +37,8 @@ def record_texts(monkeypatch):
 
 
 # ---- Nearest neighbours --------------------------------------------------------------
-def test_neighbours_have_the_frames_and_names_of_their_classes():
+def test_neighbours_have_the_frames_and_names_of_their_classes(monkeypatch):
+    texts = record_texts(monkeypatch)
     images = plain_images(10, 200)
     found = images[[0, 1, 1, 0]].view(2, 2, 3, 96, 96)
     labels = torch.tensor([0, 1])
@@ -44,6 +47,7 @@ def test_neighbours_have_the_frames_and_names_of_their_classes():
         images, labels, found, found_labels, ["ant", "bee"]
     )
 
+    assert texts == ["ant", "ant", "bee", "bee", "bee", "ant"]
     side = pictures.TILE + 3 * pictures.FRAME
     assert picture.size == (3 * side, 2 * side)
     white = (255, 255, 255)
@@ -103,6 +107,28 @@ def test_confusion_has_the_true_class_in_rows(monkeypatch):
     assert np.abs(np.subtract(shades[0], half_blue)).max() <= 1
     assert np.abs(np.subtract(shades[1], half_red)).max() <= 1
     assert sorted(texts[1:]) == sorted(["a", "b"] * 2 + ["50", "50", "0", "100"])
+
+
+def test_names_and_per_cent_stand_at_their_rows_and_columns(monkeypatch):
+    places = []
+    texts = record_texts(monkeypatch, places)
+    labels = torch.tensor([0, 0, 1, 1])
+    predictions = torch.tensor([0, 1, 1, 1])
+    pictures.confusion_picture(labels, predictions, ["a", "b"])
+
+    left = pictures.LEFT + 23
+    top = pictures.TOP + 23
+    after_the_title = zip(texts[1:], places[1:], strict=True)
+    assert set(after_the_title) == {
+        ("a", (pictures.LEFT - 8, top)),
+        ("b", (pictures.LEFT - 8, top + 46)),
+        ("a", (left, pictures.TOP - 6)),
+        ("b", (left + 46, pictures.TOP - 6)),
+        ("50", (left, top)),
+        ("50", (left + 46, top)),
+        ("0", (left, top + 46)),
+        ("100", (left + 46, top + 46)),
+    }
 
 
 def test_a_class_without_images_is_an_empty_row():

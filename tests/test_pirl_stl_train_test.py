@@ -118,6 +118,22 @@ def test_at_most_so_many_images_validate(tiny, monkeypatch):
         assert len(different) == len(images), "each of them once"
 
 
+def test_which_images_train_is_random_and_of_the_seed(tiny, data_dir):
+    files = dataset_helpers.list_images(data_dir / "unlabelled")
+    images, _ = dataset_helpers.load_images(files, 36, CPU, "images")
+    numbers = {image.numpy().tobytes(): i for i, image in enumerate(images)}
+
+    def order(seed):
+        images = make_trainer([*tiny, "--seed", seed]).images
+        return [numbers[image.numpy().tobytes()] for image in images]
+
+    first = order(3)
+    assert sorted(first) == list(range(100))
+    assert sorted(first[:70]) != list(range(70))
+    assert order(3) == first
+    assert sorted(order(4)[:70]) != sorted(first[:70])
+
+
 def test_too_few_images(pretrain, own_data):
     files = list((own_data / "unlabelled").iterdir())
     flags = ("--data-dir", own_data, "--only-train")
@@ -344,9 +360,19 @@ def test_warm_start_under_another_name(pretrain, finished, tmp_path):
 
     first = weights(tmp_path, "first")
     second = weights(tmp_path, "second")
+    assert same(first["head_f"], second["head_f"])
     assert same(first["head_g"], second["head_g"])
     assert torch.equal(first["trunk"]["conv1.weight"], second["trunk"]["conv1.weight"])
     assert epochs_of(table(tmp_path, "second")) == ["2"]
+
+
+def test_a_warm_start_from_another_model_replaces_no_run(pretrain, finished, tmp_path):
+    finished("exp")
+    shutil.copy(tmp_path / "weights/exp.pt", tmp_path / "weights/other.pt")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("exp*")}
+    outcome = pretrain("exp", *WARM_START, "--pirl-model-name", "other")
+    assert outcome.is_one_line_error("the name exp is taken")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("exp*")} == before
 
 
 def test_warm_start_under_its_own_name(pretrain, finished, tmp_path):
@@ -514,6 +540,41 @@ def test_bf16_on_cpus(tiny, side):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.95
 
 
+# ---- Ranks ---------------------------------------------------------------------------
+def test_files_and_place_are_compared_before_the_first_step(
+    pretrain, tmp_path, monkeypatch
+):
+    """A node without the checkpoint would begin anew beside the others."""
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 7)
+        assert pretrain("exp").status == 143
+    compared = []
+
+    def compare_ranks(settings, *facts):
+        compared.append(facts)
+
+    monkeypatch.setattr(pirl_stl_train_test, "compare_ranks", compare_ranks)
+    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", interrupted)
+    assert pretrain("exp", "--resume").status == 130
+    assert compared == [(), (checkpoint(tmp_path, "exp")["checksum"], 2, 2)]
+
+
+def test_rank_0_alone_measures_logs_and_exports(pretrain, tmp_path, monkeypatch):
+    def not_here(*arguments):
+        raise AssertionError("that is for rank 0")
+
+    trainer_class = pirl_stl_train_test.Pretraining
+    monkeypatch.setattr(pirl_stl_train_test, "RANK", 1)
+    monkeypatch.setattr(trainer_class, "train_step", lambda *_: torch.tensor([8.0, 4]))
+    monkeypatch.setattr(pirl_stl_train_test, "validate", lambda *_: (1.0, 0.5))
+    monkeypatch.setattr(trainer_class, "exported_trunk", not_here)
+    for name in ("load_monitor", "tensorboard_writer"):
+        monkeypatch.setattr(pirl_stl_train_test, name, not_here)
+    outcome = pretrain("exp", "--knn-every", 1, "--tensorboard")
+    assert outcome.status == 0, outcome.err
+    assert not (tmp_path / "weights/exp.pt").exists()
+
+
 # ---- Learning rate -------------------------------------------------------------------
 def schedule(*flags, steps=5):
     """The learning rates of all steps of a run: 10 epochs, 10 steps of warm-up."""
@@ -659,9 +720,11 @@ def test_tensorboard_without_its_package(pretrain, monkeypatch):
     assert outcome.is_one_line_error("pip install tensorboard")
 
 
-def test_tensorboard(pretrain, monkeypatch):
+def test_tensorboard_has_the_numbers_of_the_csv(pretrain, tmp_path, monkeypatch):
+    """And a resumed run hides what came after its checkpoint."""
     opened = []
     written = []
+    flushed = []
 
     class Writer:
         def __init__(self, folder, purge_step):
@@ -671,15 +734,26 @@ def test_tensorboard(pretrain, monkeypatch):
             written.append((name, value, epoch))
 
         def flush(self):
-            pass
+            flushed.append(len(written))
 
     package = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
-    assert pretrain("exp", "--tensorboard", "True", "--epochs", 1).status == 0
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 7)
+        assert pretrain("exp", "--tensorboard", "True").status == 143
+    assert pretrain("exp", "--resume").status == 0
 
-    assert opened == [("exp_tensorboard", 1)]
-    names = {name for name, _, _ in written}
-    assert {"train_loss", "val_loss", "learning_rate", "knn_acc"} <= names
+    assert opened == [("exp_tensorboard", 1), ("exp_tensorboard", 2)]
+    history = weights(tmp_path, "exp")["history"]
+    assert history[0]["knn_acc"] is None, "it is measured in every fifth epoch"
+    expected = []
+    for metrics in history:
+        for name, value in metrics.items():
+            if value is not None:
+                expected.append((name, value, metrics["epoch"]))
+    assert written == expected
+    assert len(flushed) == 2
+    assert flushed[-1] == len(written)
 
 
 # ---- Learning ------------------------------------------------------------------------

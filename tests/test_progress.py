@@ -108,6 +108,17 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_an_error_in_a_thread_is_not_lost():
+    """Whoever writes files in threads looks at no results."""
+
+    def failing(item):
+        if item == 2:
+            raise OSError(28, "No space left on device", "2.png")
+
+    with pytest.raises(OSError, match="No space"):
+        progress.in_threads(failing, range(4), "writing")
+
+
 def test_totals_and_averages(tmp_path):
     """Of 7 images in batches of 4: the last batch has 3."""
     loop = make_loop(tmp_path)
@@ -172,6 +183,60 @@ def test_minutes_below_one_count_at_an_epochs_end_too(tmp_path, monkeypatch):
     assert loop.checkpoint_due(last_step=True)
 
 
+def test_an_epoch_s_clock_goes_on_after_a_break_and_begins_anew(tmp_path, monkeypatch):
+    clock = Clock(0)
+    monkeypatch.setattr(progress, "time", clock)
+    loop = make_loop(tmp_path)
+    with loop:
+        loop.begin_epoch()
+        clock.now = 30
+        loop.after_step(torch.zeros(2))
+    saved = loop.state.state_dict()
+
+    clock.now = 1000  # the break does not count
+    loop = make_loop(tmp_path)
+    loop.state.load_state_dict(saved)
+    with loop:
+        loop.begin_epoch()
+        clock.now = 1012
+        loop.after_step(torch.zeros(2))
+        loop.end_epoch()
+        assert loop.state.seconds == 42
+        clock.now = 1020  # validation does
+        assert loop.epoch_seconds() == 50
+
+        loop.state.finish_epoch({})
+        loop.begin_epoch()
+        clock.now = 1025
+        assert loop.epoch_seconds() == 5
+
+
+def test_the_columns_of_time(pretrain, tmp_path, monkeypatch):
+    """A step takes 2 s, validation 5 s; a break for a resume counts for nothing."""
+    clock = Clock(0)
+    monkeypatch.setattr(progress, "time", clock)
+
+    def make_it_last(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def lasting(*arguments):
+            clock.now += seconds
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, lasting)
+
+    make_it_last(pirl_stl_train_test.Pretraining, "train_step", 2)
+    make_it_last(pirl_stl_train_test, "validate", 5)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 8)
+        assert pretrain("exp").status == 143
+    clock.now += 1000
+    assert pretrain("exp", "--resume").status == 0
+    for metrics in weights(tmp_path, "exp")["history"]:
+        assert metrics["images_per_second"] == 7.0, "70 images in 5 steps"
+        assert metrics["seconds"] == 15.0
+
+
 @pytest.mark.parametrize("function", ["validate", "monitor_accuracy"])
 def test_a_kill_after_an_epoch_s_training_loses_nothing(
     pretrain, finished, tmp_path, monkeypatch, saved, function
@@ -222,6 +287,49 @@ def test_a_signal_inside_the_block_does_nothing_by_itself(tmp_path, number):
         assert loop.signal == number
         assert loop.agree(save_due=False, now=False) == (number, False)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("device", "step", "now", "meets"),
+    [
+        ("cpu", 3, False, True),
+        ("cuda", 3, False, False),
+        ("cuda", 3, True, True),
+        ("cuda", 32, False, True),
+    ],
+)
+def test_ranks_decide_together(tmp_path, monkeypatch, rank, device, step, now, meets):
+    """A third one has got SIGTERM; of checkpoints, rank 0 alone decides."""
+
+    def all_reduce(wishes, operation):
+        assert operation == progress.distributed.ReduceOp.MAX
+        wishes[0] = max(wishes[0].item(), int(signal.SIGTERM))
+
+    monkeypatch.setattr(progress, "RANKS", 3)
+    monkeypatch.setattr(progress, "RANK", rank)
+    monkeypatch.setattr(progress.distributed, "all_reduce", all_reduce)
+    loop = make_loop(tmp_path)
+    loop.trainer.device = torch.device(device)
+    loop.state.step = step
+    expected = (signal.SIGTERM, rank == 0) if meets else (0, False)
+    assert loop.agree(save_due=True, now=now) == expected
+
+
+def test_ranks_wait_for_the_checkpoint_before_they_end(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(progress, "leave_ranks", lambda: events.append("left"))
+    loop = make_loop(tmp_path)
+    loop.save = lambda: events.append("saved")
+    with loop:
+        loop.begin_epoch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            loop.after_step(torch.zeros(2))
+        assert events == ["saved", "left"]
+        with pytest.raises(SystemExit):
+            loop.after_export()
+    assert events == ["saved", "left", "left"]
 
 
 @pytest.mark.parametrize("function", ["validate", "monitor_accuracy", "log_epoch"])

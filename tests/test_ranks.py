@@ -154,8 +154,8 @@ FROZEN = ("--lr", 0.01, "--knn-every", 0)
 
 
 def test_two_ranks_end_where_one_process_ends(run_alone, tiny, tmp_path):
-    """With batch norm in eval mode."""
-    flags = (*tiny, *FROZEN, "--batch-negatives", "False", "--positive", "pair")
+    """With batch norm in eval mode, and both views' vectors of the whole batch."""
+    flags = (*tiny, *FROZEN, "--batch-negatives", "True", "--positive", "pair")
     run_alone(*flags, "--experiment-name", "one")
     run(2, WORKER, tmp_path, "frozen", *flags, "--experiment-name", "two")
 
@@ -302,7 +302,9 @@ def test_sigterm_during_validation_checkpoints_after_it(tiny, tmp_path):
     assert len(state["training"]["history"]) == 1
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_its_line(tiny, tmp_path):
+    """The lines themselves are looked at in test_run_helpers.py."""
     flags = (*tiny, "--experiment-name", "exp")
     status, _, err = finish(launch(2, WORKER, tmp_path, "one-fails", *flags), 60)
     assert status != 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS
+from torch import distributed
 
 import extract_features
 import pictures
@@ -107,6 +108,7 @@ def test_standard_output_on_a_full_disk(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "stdout", FullDisk())
     assert status_of(OSError(28, "No space left on device", "out.txt")) == 1
+    sys.stdout.flush()  # as the interpreter does at its end
     err = capsys.readouterr().err
     assert err.startswith("error: out.txt: No space left on device: solve this")
     assert len(err.splitlines()) == 1
@@ -221,9 +223,12 @@ LAUNCHER = {
 }
 
 
-def ranks_with(monkeypatch, environment):
-    """(RANK, RANKS) of a process that is started with these of the variables."""
-    for name in LAUNCHER:
+ON_A_NODE = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+
+
+def started_anew(monkeypatch, environment):
+    """run_helpers.py of a process that is started with these of the variables."""
+    for name in LAUNCHER | ON_A_NODE:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -231,7 +236,19 @@ def ranks_with(monkeypatch, environment):
     specification = importlib.util.spec_from_file_location("started_anew", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    return module
+
+
+def ranks_with(monkeypatch, environment):
+    module = started_anew(monkeypatch, environment)
     return module.RANK, module.RANKS
+
+
+def test_the_place_on_a_node_is_the_launcher_s(monkeypatch):
+    module = started_anew(monkeypatch, LAUNCHER | ON_A_NODE)
+    assert (module.LOCAL_RANK, module.LOCAL_RANKS) == (3, 4)
+    module = started_anew(monkeypatch, ON_A_NODE)
+    assert (module.LOCAL_RANK, module.LOCAL_RANKS) == (0, 1)
 
 
 def test_a_launcher_sets_all_of_its_variables(monkeypatch):
@@ -248,12 +265,13 @@ def test_a_launcher_sets_all_of_its_variables(monkeypatch):
 def test_rows_are_gathered_in_the_batch_s_order(monkeypatch):
     """Ranks with two rows, one and none; the last one's row is a stand-in.
 
-    all_reduce() would sum what the ranks give it: here the test does.
+    all_reduce() would sum what the ranks give it: here the test does. Gradients flow
+    back to the rows.
     """
     rows = [
-        torch.tensor([[1.0, 2], [3, 4]]),
-        torch.tensor([[5.0, 6]]),
-        torch.ones(1, 2),
+        torch.tensor([[1.0, 2], [3, 4]], requires_grad=True),
+        torch.tensor([[5.0, 6]], requires_grad=True),
+        torch.ones(1, 2, requires_grad=True),
     ]
     monkeypatch.setattr(run_helpers, "all_reduce", lambda tensor: tensor)
     monkeypatch.setattr(run_helpers, "RANKS", 3)
@@ -262,9 +280,59 @@ def test_rows_are_gathered_in_the_batch_s_order(monkeypatch):
         monkeypatch.setattr(run_helpers, "RANK", rank)
         given.append(run_helpers.gather_rows(rows[rank], [2, 1, 0]))
     assert sum(given).tolist() == [[1, 2], [3, 4], [5, 6]]
+    sum(given).sum().backward()
+    gradients = [part.grad.tolist() for part in rows]
+    assert gradients == [[[1, 1], [1, 1]], [[1, 1]], [[0, 0]]]
 
     monkeypatch.setattr(run_helpers, "RANKS", 1)
     assert run_helpers.gather_rows(rows[0], [2]) is rows[0]
+
+
+def test_how_ranks_meet(monkeypatch):
+    met = []
+
+    def init_process_group(backend, device_id=None):
+        met.append((backend, device_id))
+
+    monkeypatch.setattr(distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    card = torch.device("cuda", 1)
+    run_helpers.join_ranks(card)
+    run_helpers.join_ranks(torch.device("cpu"))
+    assert met == [("cpu:gloo,cuda:nccl", card), ("gloo", None)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+        distributed.DistBackendError("NCCL error: remote process exited"),
+    ],
+    ids=["gloo", "nccl"],
+)
+def test_a_lost_connection_ends_in_one_line_at_once(monkeypatch, capsys, error):
+    ended = []
+
+    def end_at_once(status):
+        ended.append(status)
+        raise SystemExit(status)
+
+    with pytest.raises(type(error)):
+        status_of(error)  # of a single process, it is a bug
+    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    monkeypatch.setattr(os, "_exit", end_at_once)
+    assert status_of(error) == 1
+    assert ended == [1], "the interpreter's own end may wait"
+    err = capsys.readouterr().err
+    assert err.startswith("error (rank 0): another rank of this job has ended")
+    assert len(err.splitlines()) == 1
+
+
+def test_rank_0_alone_prints(monkeypatch, capsys):
+    monkeypatch.setattr(run_helpers, "RANK", 1)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # is put back at the end
+    run_script(lambda: print("a line"))
+    assert capsys.readouterr().out == ""
 
 
 def test_ranks_must_have_the_same_flags_and_files(monkeypatch):
@@ -477,6 +545,7 @@ def test_scripts_without_docstrings():
         assert f"status {name} 0\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_follows_the_last_line_where_the_reader_has_ended():
     """Ctrl-C ends `| tee` too. What is not written yet cannot be, and that is all."""
     code = (
@@ -508,3 +577,69 @@ def test_nothing_follows_the_last_line_where_the_reader_has_ended():
     assert process.wait(60) == 130
     assert err.startswith("error: interrupted")
     assert len(err.splitlines()) == 1, err
+
+
+# ---- The defaults --------------------------------------------------------------------
+# docs/recipe.md says why they are what they are; the README's figures rest on them.
+IN_BOTH_SCRIPTS = {
+    "data_dir": Path("stl10_data"),
+    "weights_dir": Path("weights"),
+    "observations_dir": Path("observations_dir"),
+    "model_type": "res18",
+    "zero_init": True,
+    "image_size": 96,
+    "batch_size": 128,
+    "epochs": 100,
+    "weight_decay": 5e-4,
+    "pirl_model_name": None,
+    "resume": False,
+    "checkpoint_minutes": 10.0,
+    "seed": 0,
+    "device": "auto",
+    "precision": "auto",
+    "deterministic": False,
+}
+OF_PRETRAINING = {
+    "experiment_name": "e1_resnet18_",
+    "only_train": False,
+    "crop_area": 0.2,
+    "colour_strength": 0.5,
+    "images_on": "auto",
+    "stem": "imagenet",
+    "non_linear_head": False,
+    "compile": False,
+    "pretext": "jigsaw",
+    "loss": "modified-nce",
+    "positive": "bank",
+    "loss_weight": 0.5,
+    "temp_parameter": 0.07,
+    "count_negatives": None,
+    "batch_negatives": True,
+    "beta": 0.5,
+    "lr": 0.2,
+    "warmup_steps": 100,
+    "tmax_for_cos_decay": None,
+    "knn_every": 5,
+    "tensorboard": False,
+    "warm_start": False,
+    "cont_epoch": 1,
+}
+OF_FINE_TUNING = {
+    "experiment_name": "e1_pirl_sup_",
+    "stem": None,
+    "full_fine_tune": False,
+    "full_epochs": None,
+    "lr": 0.01,
+    "full_lr": 0.03,
+    "patience_for_lr_decay": 10,
+    "folds": False,
+    "neighbours": None,
+}
+
+
+def test_the_defaults_are_those_of_the_recipe():
+    args = pirl_stl_train_test.make_parser().parse_args([])
+    assert vars(args) == IN_BOTH_SCRIPTS | OF_PRETRAINING
+    assert pirl_stl_train_test.DEFAULT_NEGATIVES == 6400
+    args = train_stl_after_ssl.make_parser().parse_args([])
+    assert vars(args) == IN_BOTH_SCRIPTS | OF_FINE_TUNING

@@ -1,5 +1,6 @@
 """The raw STL-10 files: download, extraction, checks, and folders of images."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -7,12 +8,14 @@ import os
 import tarfile
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import COUNTS, write_raw
 from PIL import Image
+from records import interrupted
 from torchvision.datasets import STL10
 
 import stl10_data_load
@@ -102,6 +105,20 @@ def test_names_and_folds_are_copied(call, tmp_path):
     assert call(*arguments).status == 0
     assert (data / "class_names.txt").read_bytes() == names
     assert not (data / "fold_indices.txt").exists()
+
+
+def test_names_and_folds_are_there_before_the_images(call, tmp_path, monkeypatch):
+    """A run that is stopped among the images may find "nothing to do" the next time."""
+    raw = write_raw(tmp_path / "raw", COUNTS)
+    data = tmp_path / "data"
+    names = ("class_names.txt", "fold_indices.txt")
+    for name in names:
+        (raw / name).write_text(f"content of {name}")
+    monkeypatch.setattr(stl10_data_load, "write_split", interrupted)
+    outcome = call("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
+    assert outcome.status == 130
+    for name in names:
+        assert (data / name).read_text() == f"content of {name}"
 
 
 def test_folders_of_other_images_are_left_alone(call, raw_dir, tmp_path):
@@ -211,6 +228,8 @@ def test_raw_files_straight_in_the_raw_folder(call, raw_dir, tmp_path):
 
 def test_the_release_is_recognised_by_its_checksums(call, tmp_path, monkeypatch):
     raw = write_raw(tmp_path, COUNTS)
+    names = ["test_X", "test_y", "train_X", "train_y", "unlabeled_X"]
+    assert sorted(stl10_data_load.MD5) == [f"{name}.bin" for name in names]
     checksums = {}
     for name in stl10_data_load.MD5:
         checksums[name] = hashlib.md5((raw / name).read_bytes()).hexdigest()
@@ -218,6 +237,11 @@ def test_the_release_is_recognised_by_its_checksums(call, tmp_path, monkeypatch)
     arguments = ("--raw-dir", tmp_path, "--data-dir", tmp_path / "data")
     outcome = call("stl10_data_load", *arguments)
     assert "these files are the STL-10 release" in outcome.out
+
+    for name in checksums:
+        wrong = {**checksums, name: "0" * 32}
+        monkeypatch.setattr(stl10_data_load, "MD5", wrong)
+        assert not stl10_data_load.is_release(raw), name
 
 
 # ---- Downloads, from a server in this process ----------------------------------------
@@ -315,6 +339,37 @@ def test_download(call, server, raw_dir, tmp_path):
         assert copy.read_bytes() == file.read_bytes()
     assert "nothing to do" in call(*command).out
     assert server.requests == [0], "raw data that is there is not fetched again"
+
+
+def test_the_default_download_has_the_release_s_md5(
+    call, server, raw_dir, tmp_path, monkeypatch
+):
+    server.content = archive_of(raw_dir)
+    monkeypatch.setattr(STL10, "url", server.url)
+    raw = tmp_path / "raw"
+    command = ("stl10_data_load", "--raw-dir", raw, "--data-dir", tmp_path / "data")
+    assert call(*command).is_one_line_error("MD5", STL10.tgz_md5)
+    assert list(raw.iterdir()) == []
+
+    md5 = hashlib.md5(server.content).hexdigest()
+    monkeypatch.setattr(STL10, "tgz_md5", md5)
+    assert call(*command).status == 0
+
+
+def test_a_busy_server_costs_nothing_that_is_there(
+    call, server, raw_dir, tmp_path, monkeypatch
+):
+    server.content = archive_of(raw_dir)
+    leave_part(tmp_path, server.content[:20_000])
+    command = download_command(server, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "answer", lambda handler: handler.send_error(503))
+        assert call(*command).is_one_line_error("503")
+    part = tmp_path / "raw/.stl10_binary.tar.gz.part"
+    assert part.stat().st_size == 20_000
+
+    assert call(*command).status == 0
+    assert server.requests == [20_000]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -471,6 +526,31 @@ def test_what_is_no_archive(call, tmp_path, content):
     assert call(*command).is_one_line_error("tar.gz")
     assert call(*command, "--md5", "0" * 32).is_one_line_error("MD5", archive)
     assert archive.exists(), "what the user put there is not ours to remove"
+
+
+@pytest.mark.parametrize("damage", ["cut", "broken"])
+def test_a_damaged_archive_of_one_s_own(call, raw_dir, tmp_path, damage):
+    """A browser cut it short, or its middle is wrong: within an image's bytes."""
+    content = archive_of(raw_dir)[:20_000]
+    if damage == "broken":
+        plain = gzip.decompress(archive_of(raw_dir))[:400_000]
+        packer = zlib.compressobj(wbits=31)  # as gzip packs
+        content = packer.compress(plain) + packer.flush(zlib.Z_SYNC_FLUSH)
+        content += b"\xff" * 100  # no block begins so
+    put_archive(tmp_path, content)
+    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*command).is_one_line_error("cut short or damaged", "tar.gz")
+    assert not (tmp_path / "stl10_binary").exists()
+
+
+def test_unpacking_begins_anew_after_a_kill(call, raw_dir, tmp_path):
+    put_archive(tmp_path, archive_of(raw_dir))
+    left = tmp_path / ".stl10_binary.part/stl10_binary/left.bin"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    assert call(*command).status == 0
+    assert not (tmp_path / "stl10_binary/left.bin").exists()
 
 
 def test_an_archive_of_something_else(call, tmp_path):

@@ -15,6 +15,7 @@ import torchvision
 from PIL import Image
 
 import dataset_helpers
+import progress
 import train_stl_after_ssl
 from augmentations import normalize
 from models import make_classifier, make_trunk
@@ -290,6 +291,53 @@ def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch):
         outcome = call(*full, *name, "--resume")
         assert outcome.status == 0, outcome.err
         assert_same_run(tmp_path, "whole", f"halves_{which}")
+
+
+def test_a_resumed_run_knows_how_long_the_loss_has_not_improved(
+    call, tiny, tmp_path, monkeypatch
+):
+    """Two bad epochs, one on each side of the break, lower the learning rate."""
+    calls = []
+
+    def worse(trainer):
+        calls.append(1)
+        return float(len(calls)), 0.5
+
+    monkeypatch.setattr(FineTuning, "validate", worse)
+    flags = ("--full-fine-tune", "--full-epochs", 4, "--patience-for-lr-decay", 1)
+    script = ("train_stl_after_ssl", *tiny, *flags, "--experiment-name")
+    assert call(*script, "whole").status == 0
+    full_stage = read_history(tmp_path, "whole")[2:]
+    rates = [float(metrics["learning_rate"]) for metrics in full_stage]
+    assert rates == pytest.approx([0.03, 0.03, 0.03, 0.003])
+
+    calls.clear()
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 10)  # in the third epoch
+        assert call(*script, "halves").status == 143
+    assert call(*script, "halves", "--resume").status == 0
+    assert_same_run(tmp_path, "whole", "halves")
+
+
+def test_the_time_of_each_stage_outlives_a_break(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress.LoopControl, "epoch_seconds", lambda loop: 30.0)
+    flags = (*tiny, "--full-fine-tune", "--full-epochs", 3, "--experiment-name", "exp")
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 10)
+        assert call("train_stl_after_ssl", *flags).status == 143
+    before = read_checkpoint(tmp_path, "exp")["seconds"]
+    assert before["softmax"] > 0
+
+    assert call("train_stl_after_ssl", *flags, "--resume").status == 0
+    seconds = read_model(tmp_path, "exp")["seconds"]
+    assert seconds == {"softmax": before["softmax"], "full": 90.0}
+
+
+def test_several_ranks_are_refused(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_stl_after_ssl, "RANKS", 2)
+    outcome = call("train_stl_after_ssl", *tiny)
+    assert outcome.is_one_line_error("one process", "without torchrun")
+    assert not (tmp_path / "weights").exists()
 
 
 def test_flags_that_are_left_out_keep_the_values_of_the_checkpoint(

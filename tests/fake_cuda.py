@@ -1,8 +1,8 @@
-"""Both training scripts on a CUDA device that is not there.
+"""The scripts on a CUDA device that is not there.
 
 Where would the host wait for the device, where would devices mix?
 
-fake_cuda.py check      # run both; status 1 and a line per wait of a training step
+fake_cuda.py check      # run them; status 1 and a line per wait of a training step
 fake_cuda.py defects    # plant defects one by one; status 1 unless each is found
 
 Tensors say cuda:0 and hold CPU memory (class Pretend). Every operator comes by run(),
@@ -34,6 +34,7 @@ from records import parts_of, same, weights
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import extract_features
 import models
 import pirl_stl_train_test
 import stl10_data_load
@@ -366,7 +367,7 @@ def pretend_cuda():
         yield watch
 
 
-# ---- The two scripts -----------------------------------------------------------------
+# ---- The scripts ---------------------------------------------------------------------
 LABELLED_STEPS = {"Pretraining.train_step", "FineTuning.train_step"}
 COUNTS = {"train": 60, "test": 20, "unlabelled": 45}
 
@@ -432,7 +433,7 @@ def scripts():
 
 
 def check():
-    """Run both scripts with many of their flags. Returns what is wrong, a line each."""
+    """Run the scripts with many of their flags. Returns what is wrong, a line each."""
     pretraining = pirl_stl_train_test
     fine_tuning = train_stl_after_ssl
     # fmt: off
@@ -461,6 +462,14 @@ def check():
         call(fine_tuning, *both_stages, *extras)
         pretrained = ["--experiment-name", "b", "--pirl-model-name", "e1_resnet18_"]
         call(fine_tuning, *both_stages, *pretrained, "--precision", "fp16")
+
+        # fmt: off
+        flags = [
+            "--model", folder / "weights/b.pt", "--images", folder / "data/test",
+            "--out", folder / "features.npz", "--device", "cuda",
+        ]
+        # fmt: on
+        extract_features.main([str(flag) for flag in flags])
     return waits(seen) + wrong
 
 

@@ -1,27 +1,35 @@
 """This project beside SimCLR, BYOL and Barlow Twins of lightly, at equal time.
 
-All pretrain a ResNet-18 on the same images for as many minutes of this machine. Then
-train_stl_after_ssl.py trains the same softmax layer on the features of each trunk, and
-classifies by their nearest neighbours.
+Each method pretrains a ResNet-18 on the same images, for the same number of minutes on
+this machine. train_stl_after_ssl.py then trains a softmax layer on the features of each
+trunk and measures kNN.
 
 python -m benchmarks.equal_time --data-dir photos_10000 --image-size 64 --minutes 12
 
-On seed 0, each method of lightly is tried with three learning rates, with and without
-residual blocks that start as the identity. The variant whose softmax layer has the best
-validation accuracy then runs with the other seeds. Writes results/<folder>.md; the
-runs' files are under results/<folder>/, and what is finished there is not run again.
+Each method of lightly is tried with three learning rates, with and without
+zero-initialised residual blocks, on seed 0; the best by validation accuracy of the
+softmax layer runs with the other seeds. Writes results/<data>_<minutes>_minutes.md and
+the runs' files in a folder of that name; finished runs are not repeated.
+
+PIRL's minutes do not include reading the images into memory once; lightly reads them
+again in every epoch, which is included.
 """
 
 import copy
+import importlib.metadata
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
+from augmentations import PIXEL_MEAN, PIXEL_STD
 from benchmarks.compare import TEST, VALIDATION, markdown_table, spread
 from benchmarks.results import (
     FINE_TUNING,
@@ -31,8 +39,11 @@ from benchmarks.results import (
     finished_run,
     pretraining_seconds,
 )
-from checkpoints import atomic_write, read_torch_file
+from checkpoints import atomic_save, atomic_write, read_torch_file
+from dataset_helpers import list_images, load_images, unlabelled_folder
+from evaluation import with_plain_bn_statistics
 from models import make_trunk
+from pirl_stl_train_test import STATISTICS_IMAGES
 from progress import progress_bar
 from run_helpers import (
     Parser,
@@ -47,28 +58,25 @@ from run_helpers import (
     run_script,
 )
 
+LIGHTLY_ERROR = None
 try:
-    from lightly.data import LightlyDataset
     from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss
-    from lightly.models.modules import (
-        BarlowTwinsProjectionHead,
+    from lightly.models.modules.heads import (
         BYOLPredictionHead,
         BYOLProjectionHead,
+        ProjectionHead,
         SimCLRProjectionHead,
     )
     from lightly.models.utils import update_momentum
-    from lightly.transforms import BYOLTransform, SimCLRTransform
-    from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+    from lightly.transforms import SimCLRTransform
+except ImportError as error:
+    LIGHTLY_ERROR = error
 
-    HAS_LIGHTLY = True
-except ImportError:
-    HAS_LIGHTLY = False
-
-LEARNING_RATES = (0.02, 0.06, 0.2)  # 0.06 is that of lightly's examples
+# The settings of lightly's own benchmark of these methods on small images
+# (cifar10_benchmark.py), where the learning rate is 0.06.
+LEARNING_RATES = (0.02, 0.06, 0.2)
 BATCH_SIZE = 128
-# As in lightly's benchmark of these methods on small images.
 WEIGHT_DECAY = 5e-4
-WARM_UP = 0.05  # of the time, with a learning rate that rises from 0
 
 
 def parse_args(argv=None):
@@ -77,24 +85,27 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data-dir", type=file_path, default=Path("stl10_data"),
         help="the folder with the images")
-    add("--minutes", type=bounded(float, 0.01), default=12.0,
-        help="of every pretraining")
-    add("--image-size", type=bounded(int, 36, 224), default=96)
+    add("--minutes", type=bounded(float, 0.001), default=12.0,
+        help="minutes of each pretraining")
+    add("--image-size", type=bounded(int, 36, 224), default=96,
+        help="images are resized and cropped to this side length in pixels")
     add("--seeds", type=bounded(int, 1), default=2, help="how many seeds, from 0")
-    add("--workers", type=bounded(int, 0, 1024), default=2,
-        help="the processes that read images for lightly")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    add("--workers", type=bounded(int, 0, 1024), default=os.cpu_count(),
+        help="processes that read images for lightly")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="where to train")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="precision of the networks")
     # fmt: on
-    args = parser.parse_args(argv)
-    args.deterministic = False
-    return args
+    # choose_device() asks for it; deterministic operations are slower.
+    parser.set_defaults(deterministic=False)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if not HAS_LIGHTLY:
-        raise UserError("lightly is not installed", "pip install lightly")
+    if LIGHTLY_ERROR:
+        raise UserError(f"lightly is missing ({LIGHTLY_ERROR})", "pip install lightly")
     device = choose_device(args)
     args.precision = choose_precision(args, device)
 
@@ -102,18 +113,20 @@ def main(argv=None):
     folder = RESULTS / name
 
     results = [run_pirl(args, folder, seed) for seed in range(args.seeds)]
+    # The peers get the time that PIRL took, which is that of whole epochs.
+    limits = [result.seconds for result in results]
     for method in METHODS:
         tried = []
         for lr in LEARNING_RATES:
             for zero_init in (True, False):
                 variant = Variant(method, lr, zero_init)
-                tried.append(run_peer(args, folder, device, variant, seed=0))
-        best = max(tried, key=lambda result: result.softmax[VALIDATION])
+                tried.append(run_peer(args, folder, device, variant, 0, limits[0]))
         results += tried
+        best = best_on_seed_0(tried)
         for seed in range(1, args.seeds):
-            results.append(run_peer(args, folder, device, best.variant, seed))
+            results.append(run_peer(args, folder, device, best, seed, limits[seed]))
 
-    text = report(name, results, describe_machine(device), args)
+    text = report(name, results, args)
     table = RESULTS / f"{name}.md"
     with atomic_write(table, "w") as file:
         file.write(text)
@@ -121,43 +134,64 @@ def main(argv=None):
 
 
 class Variant(NamedTuple):
-    """What is trained. lr: None of PIRL, which has its own."""
+    """A method with its settings. lr: the peak of the learning rate."""
 
     method: str
-    lr: float | None
+    lr: float
     zero_init: bool
 
 
 class Result(NamedTuple):
-    """A finished run. softmax, neighbours: pairs (validation, test) of accuracies."""
+    """A finished run. softmax, neighbours: pairs (validation, test) of accuracies.
+
+    Both are None of a run that has diverged.
+    """
 
     variant: Variant
     seed: int
     image_count: int
     seconds: float
-    softmax: tuple
-    neighbours: tuple
+    machine: str
+    softmax: tuple | None
+    neighbours: tuple | None
+
+
+def best_on_seed_0(results):
+    """The variant with the best validation accuracy of the softmax layer."""
+    best = None
+    best_accuracy = -1.0
+    for result in results:
+        if result.seed == 0:
+            accuracy = result.softmax[VALIDATION] if result.softmax else 0.0
+            if accuracy > best_accuracy:
+                best = result.variant
+                best_accuracy = accuracy
+    return best
 
 
 # ---- This project --------------------------------------------------------------------
 def run_pirl(args, folder, seed):
-    """Pretrain by this project, for as many epochs as fit into the minutes."""
+    """Pretrain by this project, for as many whole epochs as fit into the minutes."""
     flags = [*common_flags(args), "--only-train", "True", "--knn-every", "0"]
+    one_epoch = [*flags, "--seed", "0", "--epochs", "1"]
+    measured = finished_run(folder, "one_epoch", PRETRAINING, one_epoch)
+    epochs = int(60 * args.minutes / pretraining_seconds(measured))
+    if epochs == 0:
+        raise UserError(
+            f"an epoch of PIRL takes longer than {args.minutes:g} minutes",
+            "raise --minutes",
+        )
 
-    # How long an epoch takes, warm-up of the first steps included.
-    measured = finished_run(
-        folder, "one_epoch", PRETRAINING, [*flags, "--seed", "0", "--epochs", "1"]
-    )
-    epochs = max(1, round(60 * args.minutes / pretraining_seconds(measured)))
-
+    name = f"pirl_{seed}"
     flags += ["--seed", str(seed), "--epochs", str(epochs)]
-    run = finished_run(folder, f"pirl_{seed}", PRETRAINING, flags)
-    labelled = fine_tuned(args, folder, f"pirl_{seed}", f"pirl_{seed}", seed)
+    run = finished_run(folder, name, PRETRAINING, flags)
+    labelled = fine_tuned(args, folder, name, name, seed)
     return Result(
-        Variant("PIRL", None, True),
+        Variant("PIRL", run["settings"]["lr"], run["settings"]["zero_init"]),
         seed,
         epochs * run["images"],
         pretraining_seconds(run),
+        run["machine"],
         labelled["softmax"],
         labelled["neighbours"],
     )
@@ -183,7 +217,7 @@ def fine_tuned(args, folder, name, trunk, seed):
     return finished_run(folder, f"from_{name}", FINE_TUNING, flags)["results"]
 
 
-# ---- The methods of lightly, as in its examples --------------------------------------
+# ---- The methods of lightly ----------------------------------------------------------
 class SimCLR(nn.Module):
     def __init__(self, backbone):
         super().__init__()
@@ -191,35 +225,23 @@ class SimCLR(nn.Module):
         self.projection_head = SimCLRProjectionHead(512, 512, 128)
         self.criterion = NTXentLoss()
 
-    def forward(self, views):
-        z0, z1 = (self.projection_head(self.backbone(view)) for view in views)
-        return self.criterion(z0, z1)
+    def forward(self, view):
+        return self.projection_head(self.backbone(view))
 
-    def before_step(self, progress):
+    def loss(self, outputs):
+        return self.criterion(outputs[0].float(), outputs[1].float())
+
+    def before_step(self):
         pass
 
-    @staticmethod
-    def transform(size):
-        return SimCLRTransform(input_size=size, gaussian_blur=0.0)
 
-
-class BarlowTwins(nn.Module):
+class BarlowTwins(SimCLR):
     def __init__(self, backbone):
-        super().__init__()
+        nn.Module.__init__(self)
         self.backbone = backbone
-        self.projection_head = BarlowTwinsProjectionHead(512, 2048, 2048)
+        hidden = (512, 2048, nn.BatchNorm1d(2048), nn.ReLU())
+        self.projection_head = ProjectionHead([hidden, (2048, 2048, None, None)])
         self.criterion = BarlowTwinsLoss()
-
-    def forward(self, views):
-        z0, z1 = (self.projection_head(self.backbone(view)) for view in views)
-        return self.criterion(z0, z1)
-
-    def before_step(self, progress):
-        pass
-
-    @staticmethod
-    def transform(size):
-        return BYOL.transform(size)
 
 
 class BYOL(nn.Module):
@@ -230,83 +252,102 @@ class BYOL(nn.Module):
         self.prediction_head = BYOLPredictionHead(256, 1024, 256)
         self.criterion = NegativeCosineSimilarity()
 
-        # Running averages, which no gradient changes.
+        # Running averages of the weights; they get no gradients.
         self.backbone_momentum = copy.deepcopy(backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
         self.backbone_momentum.requires_grad_(False)
         self.projection_head_momentum.requires_grad_(False)
 
-    def forward(self, views):
-        predictions = []
-        targets = []
-        for view in views:
-            z = self.projection_head(self.backbone(view))
-            predictions.append(self.prediction_head(z))
-            with torch.no_grad():
-                y = self.backbone_momentum(view)
-                targets.append(self.projection_head_momentum(y))
-        one_way = self.criterion(predictions[0], targets[1])
-        the_other = self.criterion(predictions[1], targets[0])
-        return (one_way + the_other) / 2
+    def forward(self, view):
+        prediction = self.prediction_head(self.projection_head(self.backbone(view)))
+        target = self.projection_head_momentum(self.backbone_momentum(view))
+        return prediction, target
 
-    def before_step(self, progress):
-        # The momentum rises from 0.996 to 1.
-        m = 1 - 0.004 * (1 + math.cos(math.pi * progress)) / 2
-        update_momentum(self.backbone, self.backbone_momentum, m)
-        update_momentum(self.projection_head, self.projection_head_momentum, m)
+    def loss(self, outputs):
+        (prediction_0, target_0), (prediction_1, target_1) = outputs
+        loss_01 = self.criterion(prediction_0.float(), target_1.float())
+        loss_10 = self.criterion(prediction_1.float(), target_0.float())
+        return (loss_01 + loss_10) / 2
 
-    @staticmethod
-    def transform(size):
-        return BYOLTransform(
-            BYOLView1Transform(input_size=size, gaussian_blur=0.0),
-            BYOLView2Transform(input_size=size, gaussian_blur=0.0),
-        )
+    def before_step(self):
+        update_momentum(self.backbone, self.backbone_momentum, m=0.99)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
 
 
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "Barlow Twins": BarlowTwins}
 
 
-def run_peer(args, folder, device, variant, seed):
-    """Pretrain by a method of lightly for the minutes. What is there already counts."""
+def make_transform(size):
+    """Two views of an image, normalised as train_stl_after_ssl.py does it."""
+    normalize = {"mean": PIXEL_MEAN, "std": PIXEL_STD}
+    return SimCLRTransform(
+        input_size=size, cj_strength=0.5, gaussian_blur=0.0, normalize=normalize
+    )
+
+
+class Views:
+    """A dataset of the two views of every unlabelled image."""
+
+    def __init__(self, files, transform):
+        self.files = files
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, number):
+        with Image.open(self.files[number]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+def run_peer(args, folder, device, variant, seed, limit):
+    """Pretrain by a method of lightly, unless that is done, and measure its trunk.
+
+    limit: in seconds.
+    """
     blocks = "zero_init" if variant.zero_init else "plain"
     name = f"{variant.method.replace(' ', '_')}_{variant.lr}_{blocks}_{seed}"
     path = folder / "weights" / f"{name}.pth"
+    settings = {**vars(args), "data_dir": str(args.data_dir), "limit": limit}
     if not path.exists():
-        run = pretrain_peer(args, device, variant, seed)
-        with atomic_write(path) as file:
-            torch.save(run, file)
+        run = pretrain_peer(args, device, variant, seed, limit)
+        atomic_save({**run, "settings": settings}, path)
 
     run = read_torch_file(path)
-    image_count = run["image_count"]
-    if run["diverged"]:
-        nothing = (0.0, None)
-        return Result(variant, seed, image_count, run["seconds"], nothing, nothing)
-    labelled = fine_tuned(args, folder, name, str(path), seed)
+    own = run["settings"] | {"seeds": args.seeds, "device": args.device}
+    if own != settings:
+        raise UserError(
+            f"{path} was made with other settings", f"remove {folder} to run all again"
+        )
+    labelled = {"softmax": None, "neighbours": None}
+    if not run["diverged"]:
+        labelled = fine_tuned(args, folder, name, str(path), seed)
     return Result(
         variant,
         seed,
-        image_count,
+        run["image_count"],
         run["seconds"],
+        run["machine"],
         labelled["softmax"],
         labelled["neighbours"],
     )
 
 
-def pretrain_peer(args, device, variant, seed):
-    """Train until the time is over.
+def pretrain_peer(args, device, variant, seed, limit):
+    """Train until `limit` seconds are over, or the loss is not finite.
 
-    Returns the model's state, how many images it has seen, in how many seconds, and
-    whether the loss was not finite, which ends the training.
+    Returns the model's state with how it came about. The trunk has the batch-norm
+    statistics of whole images, as PIRL's has.
     """
     torch.manual_seed(seed)
     trunk, _ = make_trunk("res18", zero_init=variant.zero_init)
-    model = METHODS[variant.method](trunk).to(device)
+    model = METHODS[variant.method](trunk)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model.parameters(), variant.lr, WEIGHT_DECAY)
 
-    folder = args.data_dir / "unlabelled"
-    transform = METHODS[variant.method].transform(args.image_size)
+    files = list_images(unlabelled_folder(args.data_dir))
     loader = DataLoader(
-        LightlyDataset(str(folder), transform=transform),
+        Views(files, make_transform(args.image_size)),
         BATCH_SIZE,
         shuffle=True,
         drop_last=True,
@@ -315,7 +356,6 @@ def pretrain_peer(args, device, variant, seed):
         pin_memory=device.type == "cuda",
     )
 
-    limit = 60 * args.minutes
     description = f"{variant.method}, lr {variant.lr}, seed {seed}"
     image_count = 0
     diverged = False
@@ -325,118 +365,124 @@ def pretrain_peer(args, device, variant, seed):
             seconds = time.perf_counter() - start
             if seconds >= limit or diverged:
                 break
-            views = [view.to(device, non_blocking=True) for view in views]
-            optimizer.param_groups[0]["lr"] = learning_rate(variant.lr, seconds / limit)
-            model.before_step(seconds / limit)
-            with autocast(device, args.precision):
-                loss = model(views)
+            # Half a cosine over the time.
+            cosine = math.cos(math.pi * seconds / limit)
+            optimizer.param_groups[0]["lr"] = variant.lr * (1 + cosine) / 2
+
+            model.before_step()
+            outputs = []
+            for view in views:
+                view = view.to(
+                    device, memory_format=torch.channels_last, non_blocking=True
+                )
+                with autocast(device, args.precision):
+                    outputs.append(model(view))
+            loss = model.loss(outputs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
             image_count += BATCH_SIZE
-            diverged = not math.isfinite(loss.item())
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             bar.update(BATCH_SIZE)
+            if image_count % (10 * BATCH_SIZE) == 0:
+                diverged = not loss.isfinite()
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    seconds = time.perf_counter() - start
+
+    state_dict = model.state_dict()
+    floats = [value for value in state_dict.values() if value.is_floating_point()]
+    diverged = not get_total_norm(floats).isfinite()
+    if not diverged:
+        # A random part of the images, which is enough for PIRL, too.
+        order = torch.randperm(len(files)).tolist()
+        chosen = [files[number] for number in order[:STATISTICS_IMAGES]]
+        images, _ = load_images(chosen, args.image_size, device, "images")
+        model.backbone = with_plain_bn_statistics(model.backbone, images, BATCH_SIZE)
 
     return {
         "state_dict": model.state_dict(),
         "image_count": image_count,
-        "seconds": time.perf_counter() - start,
-        "diverged": diverged,
+        "seconds": seconds,
+        "diverged": bool(diverged),
+        "machine": f"{describe_machine(device)}, lightly {lightly_version()}",
     }
 
 
 def endless(loader):
-    """The views of batch after batch, epoch after epoch."""
+    """The batches of epoch after epoch."""
     while True:
-        for views, _, _ in loader:
-            yield views
+        yield from loader
 
 
-def learning_rate(peak, progress):
-    """A linear rise, then a cosine to 0.
-
-    progress: the part of the time that is over, 0 … 1.
-    """
-    if progress < WARM_UP:
-        return peak * progress / WARM_UP
-    return peak * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
+def lightly_version():
+    return importlib.metadata.version("lightly")
 
 
 # ---- The report ----------------------------------------------------------------------
-def report(name, results, machine, args):
+def report(name, results, args):
     """The text of results/<name>.md."""
-    command = command_line(
-        "-m benchmarks.equal_time",
-        [*common_flags(args), "--minutes", f"{args.minutes:g}"],
-    )
+    # fmt: off
+    flags = [
+        "--data-dir", str(args.data_dir), "--image-size", str(args.image_size),
+        "--minutes", f"{args.minutes:g}", "--seeds", str(args.seeds),
+        "--workers", str(args.workers), "--device", args.device,
+        "--precision", args.precision,
+    ]
+    # fmt: on
     paragraphs = [
         f"# {name}: pretraining at equal time",
-        "The best variant of each method by validation accuracy of the softmax layer; "
-        "accuracy on the test images, mean ± standard deviation over seeds:",
+        "Of each method, the variant with the best validation accuracy of the softmax "
+        "layer on seed 0. Accuracy on the test images, mean ± standard deviation over "
+        "seeds:",
         summary_table(results),
         "All runs:",
         run_table(results),
-        f"    {command}",
-        machine,
+        f"    {command_line('-m benchmarks.equal_time', flags)}",
+        *sorted({result.machine for result in results}),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
 def summary_table(results):
-    """A row for each method: the variant that was run with most seeds, or is best."""
+    """A row per method: its best variant on seed 0, over all seeds."""
     rows = [["method", "kNN", "softmax layer", "seeds"]]
     for method in ("PIRL", *METHODS):
         own = [result for result in results if result.variant.method == method]
-        first = [result for result in own if result.seed == 0]
-        best = max(first, key=lambda result: result.softmax[VALIDATION])
-        seeds = [result for result in own if result.variant == best.variant]
-        rows.append(
-            [
-                method,
-                accuracy([result.neighbours for result in seeds]),
-                accuracy([result.softmax for result in seeds]),
-                str(len(seeds)),
-            ]
-        )
+        best = best_on_seed_0(own)
+        runs = [result for result in own if result.variant == best]
+        knn = accuracy([run.neighbours for run in runs], TEST)
+        softmax = accuracy([run.softmax for run in runs], TEST)
+        rows.append([method, knn, softmax, str(len(runs))])
     return markdown_table(rows)
 
 
-def accuracy(pairs):
-    values = [pair[TEST] for pair in pairs]
+def accuracy(pairs, split):
+    """The accuracies of some runs as the text of a table's cell."""
+    if None in pairs:
+        return "diverged"
+    values = [pair[split] for pair in pairs]
     return "none" if None in values else spread(values, scale=100, unit=" %")
 
 
 def run_table(results):
-    rows = [
-        [
-            "method",
-            "learning rate",
-            "blocks start as the identity",
-            "seed",
-            "images",
-            "minutes",
-            "images/s",
-            "kNN, test",
-            "softmax layer, validation",
-            "softmax layer, test",
-        ]
-    ]
+    """A row per run."""
+    heading = ["method", "learning rate", "zero-initialised blocks", "seed", "images"]
+    heading += ["minutes", "images/s", "kNN, test"]
+    heading += ["softmax layer, validation", "softmax layer, test"]
+    rows = [heading]
     for result in results:
-        variant = result.variant
         rows.append(
             [
-                variant.method,
-                "its own" if variant.lr is None else f"{variant.lr:g}",
-                "yes" if variant.zero_init else "no",
+                result.variant.method,
+                f"{result.variant.lr:g}",
+                "yes" if result.variant.zero_init else "no",
                 str(result.seed),
                 str(result.image_count),
                 f"{result.seconds / 60:.1f}",
                 f"{result.image_count / result.seconds:.0f}",
-                accuracy([result.neighbours]),
-                spread([result.softmax[VALIDATION]], scale=100, unit=" %"),
-                accuracy([result.softmax]),
+                accuracy([result.neighbours], TEST),
+                accuracy([result.softmax], VALIDATION),
+                accuracy([result.softmax], TEST),
             ]
         )
     return markdown_table(rows)

@@ -253,7 +253,7 @@ def check_fused_sgd(args):
 
 
 def compute(func, args, kwargs):
-    """The operator, of CPU tensors."""
+    """The operator on CPU tensors."""
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU}
 

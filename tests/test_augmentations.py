@@ -41,6 +41,38 @@ def to_unit(view):
 
 
 # ---- Whole views ---------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("view", "columns", "area"),
+    [
+        (ImageView(), IMAGE_VIEW_UNIFORMS, (0.2, 1.0)),
+        (ImageView(min_area=0.7), IMAGE_VIEW_UNIFORMS, (0.7, 1.0)),
+        (LabelledView(), LABELLED_VIEW_UNIFORMS, (0.2, 1.0)),
+    ],
+    ids=["image", "image, 70 %", "labelled"],
+)
+def test_a_view_is_the_crop_of_its_numbers_mirrored_by_the_fifth(view, columns, area):
+    """If red is the row and green the column, a pixel says where it is from."""
+    side = 48
+    uniforms = make_uniforms(40, columns, seed=11)
+    # Its own colours; or neither turned nor brighter.
+    uniforms[:, 5:] = 0.99 if columns == IMAGE_VIEW_UNIFORMS else 0.5
+    place = torch.arange(48.0)
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    images = torch.stack([y, x, 0 * x]).repeat(40, 1, 1, 1) * 5
+    seen = to_unit(view(images, uniforms)) * 255 / 5
+
+    corners, sizes = crop_box(uniforms[:, :4], side, area)
+    for row, shown, corner, size in zip(uniforms, seen, corners, sizes, strict=True):
+        down = corner[0] + (place + 0.5) * size[0] / side - 0.5
+        right = corner[1] + (place + 0.5) * size[1] / side - 0.5
+        if row[4] >= 0.5:
+            right = right.flip(0)
+        down = down.clamp(0, side - 1)[:, None].expand(side, side)
+        right = right.clamp(0, side - 1).expand(side, side)
+        torch.testing.assert_close(shown[0], down, rtol=0, atol=0.02)
+        torch.testing.assert_close(shown[1], right, rtol=0, atol=0.02)
+
+
 VIEWS = [
     (ImageView(), IMAGE_VIEW_UNIFORMS),
     (LabelledView(), LABELLED_VIEW_UNIFORMS),

@@ -1,20 +1,24 @@
 """Tables and reports: made of real runs, small ones; and the synthetic images."""
 
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import augmentations
 import jigsaw
 import pirl_stl_train_test
 from benchmarks import compare, equal_time, gpu_report, results, synthetic, throughput
+from checkpoints import find_trunk
 from dataset_helpers import load_labelled
+from models import SmallMapConv2d, make_trunk
 from run_helpers import UserError
 from stl10_data_load import SPLITS, write_split
 
@@ -107,123 +111,254 @@ def test_results_tell_how_long_each_stage_took():
         assert f"{name} | 50.00 % | 50.00 %" in lines
 
 
+def finished_model(accuracy, full_seconds):
+    """As finished_run() gives it, as far as the table reads it."""
+    accuracies = (accuracy, accuracy + 0.01)
+    epoch = {"epoch": 1, "seconds": 60.0, "train_loss": 1.0, "knn_acc": 0.5}
+    return {
+        "images": 70,
+        "machine": "a machine",
+        "history": [epoch],
+        "results": dict.fromkeys(("neighbours", "softmax", "full"), accuracies),
+        "seconds": {"softmax": 30.0, "full": full_seconds},
+    }
+
+
+def test_results_give_each_run_its_flags_and_each_column_its_runs(
+    tmp_path, monkeypatch
+):
+    flags_of = {}
+
+    def finished_run(folder, name, script, flags):
+        flags_of[name] = dict(zip(flags[::2], flags[1::2], strict=True))
+        if name.startswith("from_random"):
+            return finished_model(0.3, full_seconds=90.0)
+        return finished_model(0.6, full_seconds=150.0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "finished_run", finished_run)
+    arguments = ["--data-dir", "data", "--seeds", "2", "--epochs", "7"]
+    arguments += ["--labelled-epochs", "9"]
+    arguments += ["--flags=--only-train True", "--labelled-flags=--full-lr 0.5"]
+    results.main(arguments)
+
+    for seed in ("0", "1"):
+        common = {"--data-dir": "data", "--seed": seed}
+        pretraining = {**common, "--epochs": "7", "--only-train": "True"}
+        labelled = {
+            **common,
+            "--epochs": "9",
+            "--full-fine-tune": "True",
+            "--lr": "0.1",
+            "--patience-for-lr-decay": "4",
+            "--full-lr": "0.5",
+        }
+        assert flags_of[f"pirl_{seed}"] == pretraining
+        assert flags_of[f"from_random_{seed}"] == labelled
+        with_trunk = {**labelled, "--pirl-model-name": f"pirl_{seed}"}
+        assert flags_of[f"from_pirl_{seed}"] == with_trunk
+
+    lines = (tmp_path / "results/data.md").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.startswith("kNN | ")] == [
+        "kNN | 31.00 ± 0.00 % | 61.00 ± 0.00 %",  # test
+        "kNN | 30.00 ± 0.00 % | 60.00 ± 0.00 %",  # validation
+    ]
+    random_time = "1.50 ± 0.00 | 2.00 ± 0.00"
+    assert f"full fine-tuning, random trunk | {random_time}" in lines
+    pirl_time = "2.50 ± 0.00 | 4.00 ± 0.00"
+    assert f"full fine-tuning, PIRL trunk | {pirl_time}" in lines
+    command = "python pirl_stl_train_test.py --data-dir data --epochs 7"
+    assert f"    {command} --only-train True" in lines
+
+
+def test_an_interrupted_run_ends_the_table_and_goes_on_next_time(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return SimpleNamespace(returncode=143)
+
+    monkeypatch.setattr(results, "subprocess", SimpleNamespace(run=run))
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            results.finished_run(tmp_path, "a", results.PRETRAINING, ["--seed", "0"])
+        assert end.value.code == 143
+    assert len(commands) == 2
+    for command in commands:
+        flags = dict(zip(command[2::2], command[3::2], strict=True))
+        assert flags["--resume"] == "True"
+        assert flags["--weights-dir"] == str(tmp_path / "weights")
+        assert flags["--observations-dir"] == str(tmp_path / "observations_dir")
+
+
 # ---- Beside another library ----------------------------------------------------------
-class OneView(torch.nn.Module):
+class MeanSquare(torch.nn.Module):
     """In the place of a method of lightly."""
 
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, views):
-        return self.backbone(views[0]).square().mean()
+    def forward(self, view):
+        return self.backbone(view)
 
-    def before_step(self, progress):
-        assert 0 <= progress < 1
+    def loss(self, outputs):
+        return (outputs[0] - outputs[1]).square().mean()
 
-    @staticmethod
-    def transform(size):
-        return lambda image: [to_tensor(image.resize((size, size)))]
+    def before_step(self):
+        pass
 
 
-class FlatFolder:
-    """In the place of LightlyDataset."""
+class Diverging(MeanSquare):
+    def loss(self, outputs):
+        return super().loss(outputs) * float("nan")
 
-    def __init__(self, folder, transform):
-        self.files = sorted(Path(folder).iterdir())
-        self.transform = transform
 
-    def __len__(self):
-        return len(self.files)
+def make_transform(size):
+    def two_views(image):
+        image = to_tensor(image.resize((size, size)))
+        return [image, image.flip(2)]
 
-    def __getitem__(self, number):
-        file = self.files[number]
-        return self.transform(Image.open(file)), 0, file.name
+    return two_views
 
 
 @pytest.fixture
-def at_equal_time(run_here, data_dir, tmp_path, monkeypatch):
-    """at_equal_time() -> the lines of the table's file, of runs of half a second."""
-    monkeypatch.setattr(equal_time, "HAS_LIGHTLY", True)
-    monkeypatch.setattr(equal_time, "LightlyDataset", FlatFolder, raising=False)
-    monkeypatch.setattr(equal_time, "METHODS", {"OneView": OneView})
+def without_lightly(monkeypatch):
+    monkeypatch.setattr(equal_time, "LIGHTLY_ERROR", None)
+    monkeypatch.setattr(equal_time, "lightly_version", lambda: "0")
+    monkeypatch.setattr(equal_time, "make_transform", make_transform)
+    methods = {"MeanSquare": MeanSquare, "Diverging": Diverging}
+    monkeypatch.setattr(equal_time, "METHODS", methods)
     monkeypatch.setattr(equal_time, "LEARNING_RATES", (0.1,))
     monkeypatch.setattr(equal_time, "BATCH_SIZE", 16)
 
-    def at_equal_time():
-        flags = "--image-size 36 --device cpu --minutes 0.01 --workers 0 --seeds 1"
-        equal_time.main(["--data-dir", str(data_dir), *flags.split()])
-        table = tmp_path / "results/data_0.01_minutes.md"
-        return table.read_text("utf-8").splitlines()
-
-    return at_equal_time
-
 
 @pytest.mark.slow
-def test_equal_time(at_equal_time, run_here, tmp_path):
-    """PIRL and both variants of the one method, with a softmax layer each."""
-    at_equal_time()
-    lines = at_equal_time()
-    names = run_here.runs
-    assert names.count("pirl_stl_train_test") == 2, "an epoch to measure, then the run"
-    assert names.count("train_stl_after_ssl") == 3
-    assert len(names) == 5, "what is finished is not run again"
+def test_equal_time(run_here, without_lightly, data_dir, tmp_path):
+    """PIRL and both variants of two methods, one of which diverges."""
+    flags = "--image-size 36 --device cpu --minutes 0.05 --workers 0 --seeds 1"
+    arguments = ["--data-dir", str(data_dir), *flags.split()]
+    equal_time.main(arguments)
+    equal_time.main(arguments)
+    assert run_here.runs.count("pirl_stl_train_test") == 2, "an epoch, then the run"
+    assert run_here.runs.count("train_stl_after_ssl") == 3
+    assert len(run_here.runs) == 5, "what is finished is not run again"
 
+    table = tmp_path / "results/data_0.05_minutes.md"
+    lines = table.read_text("utf-8").splitlines()
     rows = [line.split(" | ") for line in lines if line.count(" | ") == 9][2:]
     assert [row[:4] for row in rows] == [
-        ["PIRL", "its own", "yes", "0"],
-        ["OneView", "0.1", "yes", "0"],
-        ["OneView", "0.1", "no", "0"],
+        ["PIRL", "0.2", "yes", "0"],
+        ["MeanSquare", "0.1", "yes", "0"],
+        ["MeanSquare", "0.1", "no", "0"],
+        ["Diverging", "0.1", "yes", "0"],
+        ["Diverging", "0.1", "no", "0"],
     ]
-    for row in rows:
+    for row in rows[:3]:
         assert int(row[4]) > 0, "images"
         assert all(cell.endswith(" %") for cell in row[7:])
+    for row in rows[3:]:
+        assert row[7:] == ["diverged"] * 3
 
-    # The trunk is the one that was trained, and the time was over.
-    weights = tmp_path / "results/data_0.01_minutes/weights"
-    run = torch.load(weights / "OneView_0.1_plain_0.pth", weights_only=True)
-    assert run["seconds"] >= 0.6
-    assert run["image_count"] % 16 == 0
-    fine_tuned = torch.load(weights / "from_OneView_0.1_plain_0.pt", weights_only=True)
-    for name, value in run["state_dict"].items():
-        own_name = name.removeprefix("backbone.")
-        assert torch.equal(fine_tuned["trunk"][own_name], value), name
+    # The printed command makes the same table.
+    printed = next(line for line in lines if "python -m benchmarks.equal_time" in line)
+    args = equal_time.parse_args(shlex.split(printed)[3:])
+    assert vars(args) == vars(equal_time.parse_args(arguments)) | {"precision": "fp32"}
+
+    weights = tmp_path / "results/data_0.05_minutes/weights"
+    trained = torch.load(weights / "MeanSquare_0.1_plain_0.pth", weights_only=True)
+    pirl = torch.load(weights / "pirl_0.pt", weights_only=True)
+    assert trained["seconds"] >= results.pretraining_seconds(pirl)
+    assert trained["image_count"] % 16 == 0
+    # What is fine-tuned is the trunk that was trained.
+    tuned = torch.load(weights / "from_MeanSquare_0.1_plain_0.pt", weights_only=True)
+    for name, value in trained["state_dict"].items():
+        assert torch.equal(tuned["trunk"][name.removeprefix("backbone.")], value), name
+    torch.manual_seed(0)
+    start, _ = make_trunk("res18", zero_init=False)
+    assert not start.conv1.weight.equal(tuned["trunk"]["conv1.weight"])
+
+    with pytest.raises(UserError, match="was made with other settings: remove"):
+        equal_time.main([*arguments, "--workers", "1"])
 
 
-def test_equal_time_without_lightly(monkeypatch):
-    monkeypatch.setattr(equal_time, "HAS_LIGHTLY", False)
-    with pytest.raises(UserError, match="lightly is not installed: pip install"):
-        equal_time.main([])
+def test_equal_time_chooses_by_validation_and_runs_all_seeds(
+    without_lightly, tmp_path, monkeypatch
+):
+    accuracies = {(0.1, True): 0.3, (0.1, False): 0.2, (0.5, True): 0.4}
+    peers = []
+
+    def run_pirl(args, folder, seed):
+        return made_up_result("PIRL", 0.2, True, seed, 0.5)
+
+    def run_peer(args, folder, device, variant, seed, limit):
+        assert limit == 60.0 + seed, "the time that PIRL took"
+        accuracy = accuracies.get((variant.lr, variant.zero_init))
+        result = made_up_result(*variant, seed, accuracy)
+        peers.append((result.variant, seed))
+        return result
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(equal_time, "run_pirl", run_pirl)
+    monkeypatch.setattr(equal_time, "run_peer", run_peer)
+    monkeypatch.setattr(equal_time, "LEARNING_RATES", (0.1, 0.5))
+    equal_time.main(["--device", "cpu", "--seeds", "3"])
+    for method in ("MeanSquare", "Diverging"):
+        own = [(variant, seed) for variant, seed in peers if variant.method == method]
+        assert len(own) == 6
+        best = equal_time.Variant(method, 0.5, True)
+        assert own[4:] == [(best, 1), (best, 2)]
 
 
-def test_the_learning_rate_of_equal_time():
-    """A rise over a twentieth of the time, then a cosine to 0."""
-    expected = {0.0: 0.0, 0.025: 1.0, 0.05: 2.0, 0.525: 1.0, 1.0: 0.0}
-    for progress, lr in expected.items():
-        assert equal_time.learning_rate(2.0, progress) == pytest.approx(lr)
+def made_up_result(method, lr, zero_init, seed, validation, test=0.1):
+    """validation: None of a run that has diverged."""
+    variant = equal_time.Variant(method, lr, zero_init)
+    softmax = None if validation is None else (validation, test)
+    knn = None if validation is None else (0.3, 0.2)
+    seconds = 60.0 + seed
+    return equal_time.Result(variant, seed, 1280, seconds, "a machine", softmax, knn)
 
 
 def test_the_best_variant_is_that_of_the_validation_images():
-    def result(method, lr, seed, validation, test):
-        variant = equal_time.Variant(method, lr, True)
-        softmax = (validation, test)
-        return equal_time.Result(variant, seed, 1280, 60.0, softmax, (0.3, 0.2))
-
-    results = [
-        result("PIRL", None, 0, 0.5, 0.51),
-        result("SimCLR", 0.02, 0, 0.4, 0.46),
-        result("SimCLR", 0.06, 0, 0.45, 0.44),
-        result("SimCLR", 0.06, 1, 0.44, 0.42),
-        result("BYOL", 0.02, 0, 0.0, None),
-        result("Barlow Twins", 0.2, 0, 0.3, 0.31),
+    rows = [
+        made_up_result("PIRL", 0.2, True, 0, 0.5, 0.51),
+        made_up_result("SimCLR", 0.02, True, 0, 0.4, 0.46),
+        made_up_result("SimCLR", 0.06, True, 0, 0.45, 0.44),
+        made_up_result("SimCLR", 0.06, True, 1, 0.44, 0.42),
+        made_up_result("BYOL", 0.02, True, 0, None),
+        made_up_result("Barlow Twins", 0.2, True, 0, 0.3, 0.31),
     ]
-    lines = equal_time.summary_table(results).splitlines()
+    lines = equal_time.summary_table(rows).splitlines()
     assert lines[2:] == [
         "PIRL | 20.00 % | 51.00 % | 1",
         "SimCLR | 20.00 ± 0.00 % | 43.00 ± 1.41 % | 2",
-        "BYOL | 20.00 % | none | 1",
+        "BYOL | diverged | diverged | 1",
         "Barlow Twins | 20.00 % | 31.00 % | 1",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.full_trunk
+@pytest.mark.parametrize("method", equal_time.METHODS)
+def test_the_methods_of_lightly(method, data_dir):
+    """A few steps of each; the trunk is the one that gradients have changed."""
+    pytest.importorskip("lightly")
+    args = SimpleNamespace(
+        data_dir=data_dir, image_size=36, precision="bf16", workers=0
+    )
+    variant = equal_time.Variant(method, 0.06, True)
+    with patch.object(equal_time, "BATCH_SIZE", 16):
+        run = equal_time.pretrain_peer(args, torch.device("cpu"), variant, 0, limit=2)
+    assert not run["diverged"]
+    assert run["image_count"] > 0
+    trunk = find_trunk(run)
+    assert trunk["conv1.weight"].equal(run["state_dict"]["backbone.conv1.weight"])
+
+
+def test_equal_time_without_lightly(monkeypatch):
+    monkeypatch.setattr(equal_time, "LIGHTLY_ERROR", ImportError("no lightly"))
+    with pytest.raises(UserError, match=r"lightly is missing \(no lightly\): pip"):
+        equal_time.main([])
 
 
 # ---- Two runs side by side -----------------------------------------------------------
@@ -340,6 +475,80 @@ def test_the_yardstick_is_a_product_in_the_network_s_precision(monkeypatch):
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
+def test_the_figures_of_throughput(monkeypatch):
+    """Of made-up seconds: speeds, ratios and the share of the yardstick."""
+    kinds = {}
+
+    def contestant(name):
+        def make(trainer, *_):
+            modules = trainer.model.modules()
+            kinds[name] = {type(m) for m in modules if isinstance(m, torch.nn.Conv2d)}
+            return lambda: None
+
+        return make
+
+    seconds = iter([1.0, 3.0, 2.0, 4.0])
+    monkeypatch.setattr(throughput, "IMAGES", 32)
+    monkeypatch.setattr(throughput, "bare_network", contestant("bare network"))
+    monkeypatch.setattr(throughput, "training_step", contestant("training step"))
+    monkeypatch.setattr(throughput, "count_flops", lambda trainer, size: 1e9 * size)
+    with monkeypatch.context() as changed:
+        changed.setattr(throughput, "product_rate", lambda *_: 28e9)
+        changed.setattr(throughput, "timed", lambda *_: (next(seconds), 0.5))
+        flags = "--image-size 36 --device cpu --steps 6 --batch-size 8 --rounds 2"
+        flags += " --conventional False"
+        result = throughput.measure(throughput.parse_args(flags.split()))
+
+    speeds = {"bare network": [48, 24], "training step": [16, 12]}
+    assert result["speeds"] == speeds
+    assert result["ratios"] == {"bare network": 1, "training step": 2.5}
+    assert result["memory"] == 0.5
+    assert result["rate"] == pytest.approx(0.014)
+    assert result["share"] == pytest.approx(0.5)
+    conv = torch.nn.Conv2d
+    assert kinds == {"bare network": {conv}, "training step": {conv, SmallMapConv2d}}
+
+    monkeypatch.setattr(throughput, "timed", lambda *_: (1.0, 0))
+    rate = throughput.product_rate(torch.device("cpu"), torch.float32)
+    assert rate == 20 * 2 * 256**3
+
+
+def test_what_is_timed_is_done_and_the_first_call_does_not_count(monkeypatch):
+    events = []
+    times = iter([10.0, 13.0])
+
+    def perf_counter():
+        events.append("clock")
+        return next(times)
+
+    clock = SimpleNamespace(perf_counter=perf_counter)
+    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(throughput, "synchronize", lambda: events.append("wait"))
+    seconds, _ = throughput.timed(lambda: events.append("step"), 2)
+    assert seconds == 3
+    assert events == ["step", "wait", "clock", "step", "step", "wait", "clock"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_bare_network_trains_in_the_precision_of_the_step(precision, dtype):
+    flags = [*TINY, "--batch-size", "8", "--precision", precision]
+    trainer = throughput.make_trainer(throughput.parse_args(flags), 32)
+    trunk = trainer.model.trunk
+    types = []
+
+    def note(module, inputs, output):
+        types.append(output.dtype)
+
+    trunk.layer4[0].conv2.register_forward_hook(note)
+    before = trunk.conv1.weight.detach().clone()
+    throughput.bare_network(trainer)()
+    assert types == [dtype] * 2
+    assert not trunk.conv1.weight.equal(before)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
 def test_the_conventional_pipeline_s_views_are_those_of_the_step():
     """The same shapes, and about the same mean and spread over many images."""
     torch.manual_seed(0)
@@ -442,6 +651,63 @@ class FakeSubprocess:
         return SimpleNamespace(stdout=self.out)
 
 
+def test_gpu_report_takes_an_epoch_by_the_defaults_and_by_the_fastest(
+    monkeypatch, tmp_path
+):
+    measured = []
+    epochs = []
+
+    def measure_speed(steps, flags):
+        assert steps == 3
+        measured.append(flags)
+        if len(measured) == 4:
+            raise RuntimeError("a | b\nmore")
+        speed = (5, 9, 7)[len(measured) - 1]
+        return {
+            "speeds": {"bare network": [1.0], "training step": [speed]},
+            "ratios": {"bare network": 1.0, "training step": 0.5},
+            "memory": 2.0,
+            "rate": 3.0,
+            "share": 0.25,
+        }
+
+    def epoch_cells(images, flags):
+        epochs.append((images, flags))
+        return "1.0 | 1.7 | 2.00 GiB"
+
+    common = ["--device", "cpu", "--image-size", "36"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_report, "run_cuda_tests", lambda: "9 skipped")
+    monkeypatch.setattr(gpu_report, "measure_speed", measure_speed)
+    with monkeypatch.context() as changed:
+        changed.setattr(gpu_report, "epoch_cells", epoch_cells)
+        flags = ["--batch-sizes", "8", "--images", "40", "--steps", "3"]
+        gpu_report.main([*common, *flags])
+
+    batch = ["--batch-size", "8"]
+    assert measured == [
+        [*common, *batch, "--precision", precision, "--compile", compiled]
+        for precision in ("fp32", "bf16")
+        for compiled in ("False", "True")
+    ]
+    assert epochs == [(40, [*common, *batch]), (40, measured[1])]
+    lines = (tmp_path / "results/gpu_CPU.md").read_text("utf-8").splitlines()
+    assert "8 | fp32 | compiled | 9 | 0.500 | 2.00 GiB | 3.0 | 25.0%" in lines
+    assert "8 | bf16 | compiled | failed: RuntimeError: a / b" in lines
+    assert f"40 | {' '.join(batch)} | 1.0 | 1.7 | 2.00 GiB" in lines
+
+    counts = []
+
+    def timed(step, count):
+        counts.append(count)
+        return 90.0, 1.5
+
+    monkeypatch.setattr(throughput, "timed", timed)
+    cells = gpu_report.epoch_cells(40, [*common, "--batch-size", "16"])
+    assert cells == "90.0 | 150.0 | 1.50 GiB"
+    assert counts == [3]
+
+
 def test_gpu_report_names_the_tests_that_fail(monkeypatch):
     failure = "FAILED tests/test_cuda.py::test_a - assert 1 == 2"
     summary = "1 failed, 1 passed in 3.00s"
@@ -478,3 +744,34 @@ def test_synthetic_set(tmp_path):
     distances = torch.cdist(means[100:], torch.stack(class_means))
     accuracy = (distances.argmin(1) == labels[100:]).float().mean()
     assert accuracy < 0.25
+
+
+def test_a_synthetic_label_is_that_of_its_image_s_pattern(tmp_path, monkeypatch):
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    maps = [pattern(x, y) for pattern in synthetic.PATTERNS]
+    assert len(maps) == 10
+    for one, other in itertools.combinations(maps, 2):
+        assert abs(one - other).mean() > 0.02
+
+    drawn = []
+
+    def noting(label):
+        return lambda x, y: drawn.append(label) or 0 * x
+
+    monkeypatch.setattr(synthetic, "PATTERNS", [noting(label) for label in range(10)])
+    for label in range(10):
+        synthetic.synthetic_image(label, np.random.default_rng(0))
+    assert drawn == list(range(10))
+
+    def plain(label, rng):
+        return np.full((96, 96, 3), 20 * label, np.uint8)
+
+    monkeypatch.setattr(synthetic, "synthetic_image", plain)
+    counts = {"train": 30, "test": 20, "unlabelled": 10}
+    synthetic.write_synthetic(tmp_path / "raw", counts, 0)
+    for split in ("train", "test"):
+        images_name, labels_name = SPLITS[split]
+        images = np.fromfile(tmp_path / "raw" / images_name, np.uint8)
+        labels = np.fromfile(tmp_path / "raw" / labels_name, np.uint8)
+        first_pixels = images.reshape(len(labels), -1)[:, 0]
+        assert (first_pixels == 20 * (labels - 1)).all()

@@ -274,7 +274,12 @@ def test_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
 
 def test_free_memory_is_what_linux_can_give(monkeypatch):
     text = "MemTotal: 9000000 kB\nMemFree: 10 kB\nMemAvailable:  2000000 kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda path, *_: text)
+
+    def read_text(path):
+        assert path == Path("/proc/meminfo")
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_text)
     assert free_memory(CPU) == 1024 * 2_000_000
 
 

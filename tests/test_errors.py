@@ -195,7 +195,7 @@ def test_weights_that_cannot_be_used(call, tiny, tmp_path):
 
 
 def test_a_checkpoint_of_other_images_or_labels(call, tiny, own_data):
-    """As many as before: nothing else could tell."""
+    """The number of images is unchanged, so only the checksum differs."""
     run = (*tiny, "--data-dir", own_data, "--epochs", 1, "--experiment-name")
     resume = ("train_stl_after_ssl", *run, "l", "--resume")
     assert call("train_stl_after_ssl", *run, "l").status == 0

@@ -14,6 +14,26 @@ from evaluation import knn_accuracy
 from models import make_trunk
 
 
+def test_neighbours_of_more_queries_than_are_compared_at_a_time():
+    queries = 5 * torch.eye(3).repeat(700, 1)
+    cosines, indices = evaluation.nearest_neighbours(2 * torch.eye(3), queries, 1)
+    assert indices.flatten().equal(torch.arange(3).repeat(700))
+    torch.testing.assert_close(cosines, torch.ones(2100, 1))
+
+
+def test_twenty_neighbours_vote():
+    """Almost equally near, so that their number decides."""
+    angles = 0.001 * torch.arange(1, 41)
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    query = torch.tensor([[1.0, 0.0]])
+    for labels, answer in (
+        ([0] * 10 + [1] * 30, 0),  # by 21, it would be 1
+        ([0] * 9 + [1] * 9 + [2] + [1] * 21, 1),  # by 19, it would be 0
+    ):
+        answer = torch.tensor([answer])
+        assert knn_accuracy(features, torch.tensor(labels), query, answer) == 1
+
+
 def test_knn_accuracy_against_loops():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(90, 16, generator=generator, dtype=torch.float64)

@@ -331,7 +331,14 @@ def test_a_lost_connection_ends_in_one_line_at_once(monkeypatch, capsys, error):
 def test_rank_0_alone_prints(monkeypatch, capsys):
     monkeypatch.setattr(run_helpers, "RANK", 1)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # is put back at the end
-    run_script(lambda: print("a line"))
+    called = []
+
+    def main():
+        print("a line")
+        called.append(1)
+
+    run_script(main)
+    assert called == [1]
     assert capsys.readouterr().out == ""
 
 

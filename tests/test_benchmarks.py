@@ -50,7 +50,7 @@ def make_table(run_here, data_dir, tmp_path):
 
     def make_table(flags):
         tiny = "--image-size 36 --device cpu --batch-size 16"
-        arguments = ["--data-dir", str(data_dir), "--seeds", "2"]
+        arguments = ["--data-dir", str(data_dir), "--seeds", "1"]
         arguments += ["--epochs", "1", "--labelled-epochs", "2"]
         arguments += [f"--flags={flags} {tiny}", f"--labelled-flags={tiny}"]
         results.main(arguments)
@@ -61,15 +61,15 @@ def make_table(run_here, data_dir, tmp_path):
 
 def test_results(make_table, run_here, tmp_path):
     """All stages once; then nothing is run again; a change of settings is refused."""
-    make_table("--only-train True")
     lines = make_table("--only-train True")
-    assert len(run_here.runs) == 6
+    assert make_table("--only-train True") == lines
+    assert len(run_here.runs) == 3
 
     # The table of test images, then the one of validation images; a cell per trunk.
     for name in results.STAGES:
         rows = [line for line in lines if line.startswith(f"{name} | ")]
         assert len(rows) == 2
-        assert all(row.count("±") == row.count("%") == 2 for row in rows)
+        assert all(row.count("%") == 2 for row in rows)
 
     picture = tmp_path / "results/data.svg"
     assert "<svg" in picture.read_text("utf-8")

@@ -238,7 +238,7 @@ class Experiment:
         taken = [file for file in files if file.exists()]
         if taken and RANK == 0 and not may_replace:
             advice = "go on with it by --resume True, or choose another"
-            if resume:
+            if not self.checkpoint_file.exists():
                 advice = f"{self.checkpoint_file} is gone, so choose another"
             raise UserError(
                 f"the name {self.name} is taken ({taken[0]})",

@@ -360,9 +360,10 @@ def load_labelled(folder, side, device, classes=None):
             "stl10_data_load.py first",
         )
 
-    labelled_files = [
-        (file, classes.index(name)) for name in files_of for file in files_of[name]
-    ]
+    labelled_files = []
+    for name, files in files_of.items():
+        label = classes.index(name)
+        labelled_files += [(file, label) for file in files]
     labelled_files.sort(key=lambda pair: (natural_key(pair[0].name), pair[1]))
     files = [file for file, _ in labelled_files]
     labels = np.array([label for _, label in labelled_files])

@@ -29,7 +29,7 @@ from checkpoints import (
 )
 from memory_bank import MemoryBank
 from pretexts import PRETEXTS
-from progress import LoopControl
+from progress import LoopControl, progress_bar
 from run_helpers import (
     BANK,
     INITIAL_WEIGHTS,
@@ -574,14 +574,16 @@ def validate(trainer, uniforms, epoch):
     first = trainer.train_count
     index = torch.arange(first, first + count)
     totals = torch.zeros(2, dtype=torch.float64, device=trainer.device)
-    for number, batch in enumerate(index.split(trainer.args.batch_size)):
-        # Steps after the epoch's last, so that their negatives are other draws.
-        step = trainer.steps_per_epoch + number
-        image_vectors, losses, correct = trainer.forward_batch(
-            batch, uniforms, epoch, step
-        )
-        trainer.bank.update(to_device(batch, trainer.device), image_vectors)
-        totals += batch_totals(losses, correct)
+    with progress_bar(count, f"validation of epoch {epoch}", " images") as bar:
+        for number, batch in enumerate(index.split(trainer.args.batch_size)):
+            # Steps after the epoch's last, so that their negatives are other draws.
+            step = trainer.steps_per_epoch + number
+            image_vectors, losses, correct = trainer.forward_batch(
+                batch, uniforms, epoch, step
+            )
+            trainer.bank.update(to_device(batch, trainer.device), image_vectors)
+            totals += batch_totals(losses, correct)
+            bar.update(len(batch))
     loss, accuracy = (totals / count).tolist()
     return loss, accuracy
 
@@ -599,7 +601,7 @@ def load_monitor(args, device):
         )
         search, query = dataset_helpers.stratified_split(labels, args.seed, folder)
     except UserError as error:
-        print(f"note: no nearest-neighbour accuracy will be measured: {error}")
+        print(f"note: kNN accuracy will not be measured: {error}")
         return None
     return images, labels, search, query
 

@@ -9,9 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 11, 4):
+if not (3, 11, 4) <= sys.version_info < (3, 14):
     version = platform.python_version()
-    sys.exit(f"error: this is Python {version}: use Python 3.11.4 or newer, up to 3.13")
+    sys.exit(f"error: this is Python {version}: use Python 3.11.4 to 3.13")
 
 import numpy as np
 import torch
@@ -176,13 +176,22 @@ def gather_rows(rows, counts):
 
 
 # ---- Arguments -----------------------------------------------------------------------
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds every default but None, which the help text puts into words."""
+
+    def _get_help_string(self, action):
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one line for a usage error."""
 
     def __init__(self, description):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
 

@@ -6,6 +6,7 @@ python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 \\
 Without --pirl-model-name the trunk starts at random: the baseline.
 """
 
+import math
 import shlex
 import statistics
 import sys
@@ -247,7 +248,8 @@ class FineTuning:
         self.model = models.make_classifier(trunk, dimension, classes)
         self.model.to(device, memory_format=torch.channels_last)
         if not weights or weights["from_checkpoint"]:
-            # Finished models come with the batch-norm statistics of plain images.
+            # Our finished models have the batch-norm statistics of plain images; other
+            # projects' files keep theirs.
             self.model.trunk = evaluation.with_plain_bn_statistics(
                 self.model.trunk, self.images[self.train_index], args.batch_size
             )
@@ -549,6 +551,7 @@ def fit_softmax_layer(features, labels, train, validation, args):
             if val_accuracy > best_accuracy:
                 best_accuracy = val_accuracy
                 best_weights = cpu_state_dict(layer)
+            bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
             bar.update()
 
     layer.load_state_dict(best_weights)
@@ -607,13 +610,14 @@ def print_summary(trainer, full_epochs):
     classes = f"{len(trainer.classes)} classes in {args.data_dir}"
     side = args.image_size
     counts = f"{len(trainer.val_index)} to validate, {tests} to test"
+    steps = math.ceil(trainer.train_count / args.batch_size)
 
     print(f"{args.experiment_name}: {args.model_type}, {trainer.trunk_name}")
     print(f"  {trainer.device.type}, {args.precision}, seed {args.seed}, {classes}")
     print(f"  {trainer.train_count} images of {side} × {side} pixels, {counts}")
     print(
-        f"  epochs: {args.epochs} for the softmax layer,"
-        f" {full_epochs or 'none'} for the whole network",
+        f"  {steps} steps of {args.batch_size} per epoch; epochs: {args.epochs} for the"
+        f" softmax layer, {full_epochs or 'none'} for the whole network",
         flush=True,
     )
 

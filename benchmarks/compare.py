@@ -1,6 +1,6 @@
 """Two finished fine-tunings side by side: from a random trunk, and from a PIRL trunk.
 
-python -m benchmarks.compare --weights-dir demo/weights labelled_random labelled_pirl
+python -m benchmarks.compare --weights-dir demo/weights from_random from_pirl
 """
 
 import statistics

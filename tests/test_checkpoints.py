@@ -294,6 +294,14 @@ def test_a_taken_name(call, tiny, tmp_path, script):
     assert {file: file.read_bytes() for file in tmp_path.rglob("exp*")} == before
 
 
+def test_a_name_whose_checkpoint_is_gone_cannot_go_on(pretrain, finished, tmp_path):
+    finished("exp")
+    (tmp_path / "weights/exp.ckpt").unlink()
+    for flags in ((), ("--resume",)):
+        outcome = pretrain("exp", *flags)
+        assert outcome.is_one_line_error("exp.ckpt is gone, so choose another")
+
+
 def test_one_name_is_run_by_one_process(call, tiny, tmp_path):
     """Until SIGTERM ends it, with a checkpoint."""
     process = start("tests/thin_script", "pirl_stl_train_test", *tiny, *LONG)

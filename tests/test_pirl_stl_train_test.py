@@ -694,7 +694,7 @@ def test_no_labelled_images_no_monitor(pretrain, own_data):
     shutil.rmtree(own_data / "test")
     outcome = pretrain("exp", "--data-dir", own_data, "--epochs", 1)
     assert outcome.status == 0, outcome.err
-    assert "no nearest-neighbour accuracy" in outcome.out
+    assert "kNN accuracy will not be measured" in outcome.out
 
 
 def test_labels_that_pretraining_cannot_use_are_a_note(pretrain, own_data):
@@ -704,7 +704,7 @@ def test_labels_that_pretraining_cannot_use_are_a_note(pretrain, own_data):
             shutil.rmtree(folder)
     outcome = pretrain("exp", "--data-dir", own_data, "--epochs", 1)
     assert outcome.status == 0, outcome.err
-    assert "note: no nearest-neighbour accuracy" in outcome.out
+    assert "note: kNN accuracy will not be measured" in outcome.out
 
 
 def test_tensorboard_without_its_package(pretrain, monkeypatch):

@@ -74,7 +74,7 @@ TABLE_HEADER = (
 TABLE_ROWS = {
     "softmax": "Only softmax layer is fine tuned",
     "full": "Full model is fine tuned",
-    "neighbours": "Nothing is trained, kNN",
+    "neighbours": "kNN",
     "folds": "Only softmax layer is fine tuned, predefined folds",
 }
 

@@ -8,13 +8,10 @@ from pathlib import Path
 
 from checkpoints import read_torch_file
 from run_helpers import Parser, UserError, file_path, run_script
+from train_stl_after_ssl import TABLE_ROWS
 
-# The stages by the reference's names, and by the names that they have in a model file.
-STAGES = {
-    "Only softmax layer is fine tuned": "softmax",
-    "Full model is fine tuned": "full",
-    "kNN": "neighbours",
-}
+# The stages as in the tables of fine-tuning, and by their names in a model file.
+STAGES = {TABLE_ROWS[stage]: stage for stage in ("softmax", "full", "neighbours")}
 # A stage's result in a model file is the pair (validation accuracy, test accuracy).
 VALIDATION = 0
 TEST = 1

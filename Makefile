@@ -27,8 +27,8 @@ DEMO = --data-dir demo/data --weights-dir demo/weights \
 DEMO_PRETRAINING = --only-train True --batch-size 32 --epochs 5 --knn-every 0
 DEMO_LABELLED = --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 6
 
-demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning, the table: three to seven minutes (SEED=0)
-	@echo "This takes three to seven minutes on two cores. All files are written to demo/."
+demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning, the table: three to eight minutes (SEED=0)
+	@echo "This takes three to eight minutes on two cores. All files are written to demo/."
 	rm -rf demo
 	$(PY) -m benchmarks.synthetic --raw-dir demo/raw --seed $(SEED)
 	$(PY) stl10_data_load.py --raw-dir demo/raw --data-dir demo/data

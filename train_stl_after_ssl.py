@@ -6,7 +6,6 @@ python train_stl_after_ssl.py --lr 0.1 --patience-for-lr-decay 4 \\
 Without --pirl-model-name the trunk starts at random: the baseline.
 """
 
-import math
 import shlex
 import statistics
 import sys
@@ -178,7 +177,7 @@ def main(argv=None):
             f"{experiment.checkpoint_file} is from within the full stage",
             "add --full-fine-tune True",
         )
-    print_summary(trainer, full_epochs)
+    print_summary(trainer, loop.steps_per_epoch, full_epochs)
 
     # A resumed run may begin before the softmax layer, after it, within the epochs of
     # the whole network, or at the end. The softmax layer takes a minute or two: a run
@@ -603,14 +602,13 @@ def batch_totals(logits, labels, loss):
 
 
 # ---- The beginning and the end of a run ----------------------------------------------
-def print_summary(trainer, full_epochs):
+def print_summary(trainer, steps, full_epochs):
     """Say what is about to be done."""
     args = trainer.args
     tests = 0 if trainer.test_images is None else len(trainer.test_images)
     classes = f"{len(trainer.classes)} classes in {args.data_dir}"
     side = args.image_size
     counts = f"{len(trainer.val_index)} to validate, {tests} to test"
-    steps = math.ceil(trainer.train_count / args.batch_size)
 
     print(f"{args.experiment_name}: {args.model_type}, {trainer.trunk_name}")
     print(f"  {trainer.device.type}, {args.precision}, seed {args.seed}, {classes}")

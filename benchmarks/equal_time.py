@@ -158,15 +158,12 @@ class Result(NamedTuple):
 
 def best_on_seed_0(results):
     """The variant with the best validation accuracy of the softmax layer."""
-    best = None
-    best_accuracy = -1.0
-    for result in results:
-        if result.seed == 0:
-            accuracy = result.softmax[VALIDATION] if result.softmax else 0.0
-            if accuracy > best_accuracy:
-                best = result.variant
-                best_accuracy = accuracy
-    return best
+
+    def validation_accuracy(result):
+        return result.softmax[VALIDATION] if result.softmax else 0.0
+
+    on_seed_0 = [result for result in results if result.seed == 0]
+    return max(on_seed_0, key=validation_accuracy).variant
 
 
 # ---- This project --------------------------------------------------------------------
@@ -218,12 +215,14 @@ def fine_tuned(args, folder, name, trunk, seed):
 
 
 # ---- The methods of lightly ----------------------------------------------------------
-class SimCLR(nn.Module):
-    def __init__(self, backbone):
+class TwoViews(nn.Module):
+    """A method that compares the projections of both views with one another."""
+
+    def __init__(self, backbone, projection_head, criterion):
         super().__init__()
         self.backbone = backbone
-        self.projection_head = SimCLRProjectionHead(512, 512, 128)
-        self.criterion = NTXentLoss()
+        self.projection_head = projection_head
+        self.criterion = criterion
 
     def forward(self, view):
         return self.projection_head(self.backbone(view))
@@ -235,13 +234,14 @@ class SimCLR(nn.Module):
         pass
 
 
-class BarlowTwins(SimCLR):
-    def __init__(self, backbone):
-        nn.Module.__init__(self)
-        self.backbone = backbone
-        hidden = (512, 2048, nn.BatchNorm1d(2048), nn.ReLU())
-        self.projection_head = ProjectionHead([hidden, (2048, 2048, None, None)])
-        self.criterion = BarlowTwinsLoss()
+def make_simclr(backbone):
+    return TwoViews(backbone, SimCLRProjectionHead(512, 512, 128), NTXentLoss())
+
+
+def make_barlow_twins(backbone):
+    hidden = (512, 2048, nn.BatchNorm1d(2048), nn.ReLU())
+    projection_head = ProjectionHead([hidden, (2048, 2048, None, None)])
+    return TwoViews(backbone, projection_head, BarlowTwinsLoss())
 
 
 class BYOL(nn.Module):
@@ -274,7 +274,7 @@ class BYOL(nn.Module):
         update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
 
 
-METHODS = {"SimCLR": SimCLR, "BYOL": BYOL, "Barlow Twins": BarlowTwins}
+METHODS = {"SimCLR": make_simclr, "BYOL": BYOL, "Barlow Twins": make_barlow_twins}
 
 
 def make_transform(size):

@@ -544,7 +544,7 @@ def test_bf16_on_cpus(tiny, side):
 def test_files_and_place_are_compared_before_the_first_step(
     pretrain, tmp_path, monkeypatch
 ):
-    """A node without the checkpoint would begin anew beside the others."""
+    """A node without the checkpoint would start over while the others go on."""
     with monkeypatch.context() as patch:
         signal_in_step(patch, signal.SIGTERM, 7)
         assert pretrain("exp").status == 143

@@ -221,8 +221,6 @@ LAUNCHER = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "29500",
 }
-
-
 ON_A_NODE = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 

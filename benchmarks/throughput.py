@@ -210,7 +210,7 @@ def training_step(trainer, batch_size):
     """The very method that the training loop calls, on another batch each time."""
     count = len(trainer.images)
     whole_batches = count // batch_size * batch_size
-    order = torch.randperm(count, device=trainer.device)[:whole_batches]
+    order = torch.randperm(count)[:whole_batches]
     batches = itertools.cycle(order.split(batch_size))
     uniforms = trainer.epoch_uniforms(1)
     return lambda: trainer.train_step(next(batches), uniforms, epoch=1, step=0)

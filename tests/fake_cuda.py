@@ -39,6 +39,7 @@ import models
 import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
+from benchmarks import gpu_report, throughput
 from memory_bank import MemoryBank
 from pirl_stl_train_test import Pretraining
 from run_helpers import run_script, to_device
@@ -170,6 +171,8 @@ def run(func, args, kwargs):
         note_waits(func, args, kwargs, on_cuda, on_cpu, to_cuda)
     if on_cuda and func is aten._fused_sgd_.default:
         check_fused_sgd(args)
+    if on_cuda and func is aten._pin_memory.default:
+        raise RuntimeError("only dense CPU tensors can be pinned")
 
     given = (args, kwargs)
     if on_cuda:
@@ -470,7 +473,18 @@ def check():
         ]
         # fmt: on
         extract_features.main([str(flag) for flag in flags])
+        measure_speed()
     return waits(seen) + wrong
+
+
+def measure_speed():
+    """The measurement that benchmarks/gpu_report.py makes, of few images."""
+    flags = "--image-size 36 --batch-size 16 --device cuda --precision bf16"
+    with (
+        mock.patch.object(throughput, "IMAGES", 32),
+        mock.patch.object(throughput, "product_rate", lambda device, dtype: 1.0),
+    ):
+        gpu_report.measure_speed(1, flags.split())
 
 
 def compare_places(call, folder):

@@ -59,6 +59,11 @@ NEAREST_TESTS = [
     "tests/test_loss.py",
     "tests/test_contracts.py",
 ]
+TESTS_OF_ALL = [
+    "tests/test_contracts.py",
+    "tests/test_errors.py",
+    "tests/test_machines.py",
+]
 KILLED = ("killed", "timeout", "segfault")
 
 
@@ -90,7 +95,7 @@ def main():
     if args.all:
         tests = ["tests"]
     elif args.names:
-        tests = NEAREST_TESTS + own_tests(names)
+        tests = own_tests(names)
     copy_project(names, tests)
     environment = os.environ | {
         # Forked processes must not share threads, or a card.
@@ -104,11 +109,10 @@ def main():
 
 
 def own_tests(names):
-    """The test files of the modules that are named, without those of NEAREST_TESTS."""
+    """The test files of the modules that are named, and those that test all modules."""
     modules = {name.split(".")[0] for name in names}
-    files = sorted(f"tests/test_{module}.py" for module in modules)
-    existing = [file for file in files if (ROOT / file).exists()]
-    return [file for file in existing if file not in NEAREST_TESTS]
+    own = sorted(f"tests/test_{module}.py" for module in modules)
+    return [file for file in own if (ROOT / file).exists()] + TESTS_OF_ALL
 
 
 # ---- The copy ------------------------------------------------------------------------

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":
+    # A rank of the test of two processes. Both use the first card, which run_helpers
+    # reads from here when it is imported.
+    os.environ["LOCAL_RANK"] = "0"
 
 import pytest
 import torch
@@ -249,7 +253,6 @@ def join_over_gloo(backend, device_id=None):
 
 
 if __name__ == "__main__":
-    os.environ["LOCAL_RANK"] = "0"  # the card of both
     Pretraining.train_step = watched_step
     distributed.init_process_group = join_over_gloo
     run_script(pirl_stl_train_test.main)

@@ -60,7 +60,7 @@ def extract(call, zoo, tmp_path):
         return call(
             "extract_features",
             *("--images", zoo / "test"),
-            *("--weights-dir", tmp_path / "weights"),
+            *("--weights-dir", tmp_path / "weights", "--device", "cpu"),
             *arguments,
         )
 

@@ -74,9 +74,8 @@ def test_features_are_those_of_extract_features(call, tmp_path):
     for seed, size in enumerate(sizes):
         write_image(tmp_path / f"{seed}.png", seed, size)
     out = tmp_path / "f.npz"
-    outcome = call(
-        "extract_features", "--model", path, "--images", tmp_path, "--out", out
-    )
+    flags = ("--model", path, "--images", tmp_path, "--out", out, "--device", "cpu")
+    outcome = call("extract_features", *flags)
     assert outcome.status == 0, outcome.err
     expected = np.load(out)
 

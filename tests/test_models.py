@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import models
 from jigsaw import Jigsaw
@@ -107,6 +108,13 @@ def test_a_small_map_takes_no_convolution(monkeypatch, kernel, padding):
     for size in ((1, 1), (2, 2), (3, 3), (2, 1), (1, 2)):
         convolution(torch.randn(2, 8, *size))
     assert sizes == [(3, 3), (2, 1), (1, 2)]
+
+    # A GPU, whose tensors need not be there for this, gets all maps by torch's own.
+    sizes.clear()
+    with FakeTensorMode():
+        for size in ((1, 1), (2, 2), (3, 3)):
+            convolution(torch.empty(2, 8, *size, device="cuda"))
+    assert sizes == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_by_default_the_stem_is_torchvision_s_and_blocks_start_as_the_identity():

@@ -19,6 +19,7 @@ from checkpoints import (
     atomic_save,
     atomic_write,
     explain_mismatch,
+    load_weights,
     read_torch_file,
     read_weights,
     settings_of,
@@ -479,6 +480,16 @@ def test_settings_through_a_script(call, tiny, tmp_path):
 
 
 # ---- Weights to start from -----------------------------------------------------------
+def test_what_is_used_of_a_file_and_what_is_not_is_said(capsys):
+    modules = {name: torch.nn.Linear(2, 2) for name in ("trunk", "head_f", "head_g")}
+    weights = {name: module.state_dict() for name, module in modules.items()}
+    load_weights(modules, weights, "exp.pt")
+    assert capsys.readouterr().out == "using trunk, head_f, head_g of exp.pt\n"
+
+    load_weights({"trunk": torch.nn.Linear(2, 2)}, weights, "exp.pt")
+    assert capsys.readouterr().out == "using trunk of exp.pt, not head_f, head_g\n"
+
+
 def test_a_folder_of_the_model_s_name_is_not_in_the_way(tmp_path, monkeypatch):
     """As in the README: the images are in pets, and the run is called so too."""
     monkeypatch.chdir(tmp_path)

@@ -609,6 +609,25 @@ def test_folds_that_cannot_be_used(call, tiny, tmp_path, data_dir, content):
     assert outcome.is_one_line_error("fold_indices.txt")
 
 
+# ---- Where the trunk comes from ------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"image_size": 64}, "note: exp.pt was pretrained with --image-size 64\n"),
+        ({"image_size": 96}, ""),
+        ({"lr": 0.1}, ""),  # of an older file, which does not say
+    ],
+)
+def test_another_image_size_in_pretraining_is_worth_a_note(capsys, settings, note):
+    args = train_stl_after_ssl.make_parser().parse_args([])
+    args.stem = "imagenet"
+    trunk, _ = make_trunk("res18")
+    weights = {"trunk": trunk.state_dict(), "settings": settings}
+    *_, name = train_stl_after_ssl.make_start_trunk(args, "exp.pt", weights)
+    assert name == "PIRL trunk (exp.pt)"
+    assert capsys.readouterr().out == f"using trunk of exp.pt\n{note}"
+
+
 # ---- The small stem ------------------------------------------------------------------
 def test_small_stem(call, tiny, tmp_path):
     """It goes from pretraining through the file into fine-tuning."""

@@ -482,7 +482,7 @@ def measure_speed():
     flags = "--image-size 36 --batch-size 16 --device cuda --precision bf16"
     with (
         mock.patch.object(throughput, "IMAGES", 32),
-        mock.patch.object(throughput, "product_rate", lambda device, dtype: 1.0),
+        mock.patch.object(throughput, "product_rate", return_value=1.0),
     ):
         gpu_report.measure_speed(1, flags.split())
 

@@ -39,7 +39,7 @@ import models
 import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
-from benchmarks import gpu_report, throughput
+from benchmarks import throughput
 from memory_bank import MemoryBank
 from pirl_stl_train_test import Pretraining
 from run_helpers import run_script, to_device
@@ -473,18 +473,16 @@ def check():
         ]
         # fmt: on
         extract_features.main([str(flag) for flag in flags])
-        measure_speed()
+        measured_steps()
     return waits(seen) + wrong
 
 
-def measure_speed():
-    """The measurement that benchmarks/gpu_report.py makes, of few images."""
+def measured_steps():
+    """One step of each of the two that benchmarks/gpu_report.py times."""
     flags = "--image-size 36 --batch-size 16 --device cuda --precision bf16"
-    with (
-        mock.patch.object(throughput, "IMAGES", 32),
-        mock.patch.object(throughput, "product_rate", return_value=1.0),
-    ):
-        gpu_report.measure_speed(1, flags.split())
+    trainer = throughput.make_trainer(throughput.parse_args(flags.split()), 32)
+    throughput.bare_network(trainer)()
+    throughput.training_step(trainer, 16)()
 
 
 def compare_places(call, folder):

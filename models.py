@@ -16,13 +16,13 @@ VECTOR_SIZE = 128
 
 # ---- The trunk -----------------------------------------------------------------------
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that computes maps of 1 × 1 and 2 × 2 pixels as one linear layer.
+    """A convolution that, on CPUs, computes maps of 1 × 1 and 2 × 2 as a linear layer.
 
     Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution
     multiplies mostly zeros. Here only the taps that touch the map count: the same
     function of the weights, up to 9 times less work. For kernels of 3 × 3 with padding
-    1 and of 1 × 1 without, and without a bias. Only on CPUs: a fast GPU waits for
-    operators to be launched, and cuDNN's convolution is a single one.
+    1 and of 1 × 1 without, and without a bias. On GPUs it is torch's own convolution:
+    launching kernels takes the time there, and this needs more of them.
     """
 
     @staticmethod

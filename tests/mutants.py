@@ -59,9 +59,11 @@ NEAREST_TESTS = [
     "tests/test_loss.py",
     "tests/test_contracts.py",
 ]
-TESTS_OF_ALL = [
+# Tests that pass through several modules.
+TESTS_OF_SEVERAL = [
     "tests/test_contracts.py",
     "tests/test_errors.py",
+    "tests/test_loss.py",
     "tests/test_machines.py",
 ]
 KILLED = ("killed", "timeout", "segfault")
@@ -80,7 +82,8 @@ def main():
     parser.add_argument(
         "names",
         nargs="*",
-        help="module, module.function, module.Class or module.Class.method",
+        help="module, module.function, module.Class or module.Class.method: these, by "
+        "the tests of that module and some that pass through several",
     )
     parser.add_argument("--run-mutmut", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -109,10 +112,11 @@ def main():
 
 
 def own_tests(names):
-    """The test files of the modules that are named, and those that test all modules."""
+    """The test files of the modules that are named, and TESTS_OF_SEVERAL."""
     modules = {name.split(".")[0] for name in names}
     own = sorted(f"tests/test_{module}.py" for module in modules)
-    return [file for file in own if (ROOT / file).exists()] + TESTS_OF_ALL
+    existing = [file for file in own if (ROOT / file).exists()]
+    return existing + [file for file in TESTS_OF_SEVERAL if file not in existing]
 
 
 # ---- The copy ------------------------------------------------------------------------

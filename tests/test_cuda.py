@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if __name__ == "__main__":
-    # A rank of the test of two processes. Both use the first card, which run_helpers
-    # reads from here when it is imported.
+    # A rank of the test of two processes. Both use the first card: run_helpers reads
+    # this when it is imported.
     os.environ["LOCAL_RANK"] = "0"
 
 import pytest

@@ -96,7 +96,7 @@ def test_all_convolutions_but_the_first_know_small_maps(model_type):
 
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (1, 0)])
 def test_a_small_map_takes_no_convolution(monkeypatch, kernel, padding):
-    """torch's own is left to the larger maps, and to those that are not square."""
+    """torch's own is left to larger maps, to those that are not square, and to GPUs."""
     sizes = []
 
     def note_size(convolution, x, *rest):
@@ -109,7 +109,7 @@ def test_a_small_map_takes_no_convolution(monkeypatch, kernel, padding):
         convolution(torch.randn(2, 8, *size))
     assert sizes == [(3, 3), (2, 1), (1, 2)]
 
-    # A GPU, whose tensors need not be there for this, gets all maps by torch's own.
+    # Fake tensors need no GPU.
     sizes.clear()
     with FakeTensorMode():
         for size in ((1, 1), (2, 2), (3, 3)):

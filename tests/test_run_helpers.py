@@ -388,7 +388,7 @@ def test_a_python_that_is_too_old_or_too_new_is_one_line(monkeypatch, version):
                 importlib.import_module(script)
             except SystemExit as end:
                 ends[script] = end.code
-    assert ends.keys() == set(scripts())
+    assert ends.keys() == set(scripts()) == set(SCRIPTS)
     for line in ends.values():
         assert line.startswith("error: this is Python"), line
 

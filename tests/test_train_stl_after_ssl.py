@@ -358,7 +358,7 @@ def test_flags_that_are_left_out_keep_the_values_of_the_checkpoint(
     assert checkpoint["results"].keys() == {"softmax", "neighbours"}
     assert checkpoint["best"]["epoch"] == 1
 
-    # Only --data-dir, the folders of files and --device must be given again.
+    # What a checkpoint does not keep: --data-dir, the folders of files, --device.
     places = (*tiny[:2], *tiny[-4:], "--device", "cpu")
     outcome = call("train_stl_after_ssl", *places, *name, "--resume")
     assert outcome.status == 0, outcome.err

@@ -50,6 +50,35 @@ def rates_of(content):
 
 
 # ---- Files and seeds -----------------------------------------------------------------
+def test_the_summary_says_what_is_about_to_be_done(capsys, monkeypatch):
+    parser = pirl_stl_train_test.make_parser()
+    flags = "--experiment-name exp --epochs 9 --batch-size 16 --precision fp32"
+    trainer = types.SimpleNamespace(
+        args=parser.parse_args([*flags.split(), "--tmax-for-cos-decay", "9"]),
+        device=torch.device("cpu"),
+        images=torch.zeros(100),
+        train_count=70,
+        negative_count=69,
+        steps_per_epoch=5,
+    )
+    pirl_stl_train_test.print_summary(trainer, types.SimpleNamespace(epoch=3))
+    assert capsys.readouterr().out == (
+        "exp: PIRL, jigsaw, res18, cpu, fp32, seed 0\n"
+        "  70 training images of 96 × 96 pixels, 30 for validation\n"
+        "  5 steps of 16 per epoch, epochs 3 to 9\n"
+        "  69 negatives (all other training images), loss modified-nce, "
+        "--positive bank\n"
+    )
+
+    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    trainer.negative_count = 50
+    pirl_stl_train_test.print_summary(trainer, types.SimpleNamespace(epoch=10))
+    first, _, third, fourth = capsys.readouterr().out.splitlines()
+    assert first.endswith(", seed 0, 2 ranks")
+    assert third == "  5 steps of 16 per epoch, all epochs are done"
+    assert fourth.startswith("  50 negatives, loss")
+
+
 @pytest.mark.full_trunk
 def test_run_writes_what_the_readme_says(pretrain, tmp_path):
     outcome = pretrain("exp")

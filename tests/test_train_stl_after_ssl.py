@@ -610,6 +610,26 @@ def test_folds_that_cannot_be_used(call, tiny, tmp_path, data_dir, content):
 
 
 # ---- Where the trunk comes from ------------------------------------------------------
+def test_what_a_trunk_is_called():
+    """The tables and the summary say where their trunk comes from."""
+    args = train_stl_after_ssl.make_parser().parse_args(["--stem", "imagenet"])
+    trunk, _ = make_trunk("res18")
+    ours = {"trunk": trunk.state_dict(), "settings": {"lr": 0.1}}
+    fine_tuned = ours | {"softmax_layer": {}}
+    others = ours | {"settings": {}}
+
+    names = []
+    for weights in (None, ours, fine_tuned, others):
+        *_, name = train_stl_after_ssl.make_start_trunk(args, "a.pt", weights)
+        names.append(name)
+    assert names == [
+        "random trunk",
+        "PIRL trunk (a.pt)",
+        "fine-tuned trunk (a.pt)",
+        "trunk of another project (a.pt)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "note"),
     [

@@ -61,22 +61,27 @@ def test_the_summary_says_what_is_about_to_be_done(capsys, monkeypatch):
         negative_count=69,
         steps_per_epoch=5,
     )
-    pirl_stl_train_test.print_summary(trainer, types.SimpleNamespace(epoch=3))
+    pirl_stl_train_test.print_summary(trainer, types.SimpleNamespace(epoch=9))
     assert capsys.readouterr().out == (
         "exp: PIRL, jigsaw, res18, cpu, fp32, seed 0\n"
         "  70 training images of 96 × 96 pixels, 30 for validation\n"
-        "  5 steps of 16 per epoch, epochs 3 to 9\n"
+        "  5 steps of 16 per epoch, epochs 9 to 9\n"
         "  69 negatives (all other training images), loss modified-nce, "
         "--positive bank\n"
     )
 
     monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
     trainer.negative_count = 50
+    trainer.args.tmax_for_cos_decay = 7
     pirl_stl_train_test.print_summary(trainer, types.SimpleNamespace(epoch=10))
-    first, _, third, fourth = capsys.readouterr().out.splitlines()
+    first, _, third, fourth, note = capsys.readouterr().out.splitlines()
     assert first.endswith(", seed 0, 2 ranks")
     assert third == "  5 steps of 16 per epoch, all epochs are done"
     assert fourth.startswith("  50 negatives, loss")
+    assert note == (
+        "note: the learning rate is 0 from the end of epoch 7 on; with "
+        "--tmax-for-cos-decay 9 it would be a cosine of 9 epochs"
+    )
 
 
 @pytest.mark.full_trunk

@@ -114,9 +114,10 @@ def main():
 def own_tests(names):
     """The test files of the modules that are named, and TESTS_OF_SEVERAL."""
     modules = {name.split(".")[0] for name in names}
-    own = sorted(f"tests/test_{module}.py" for module in modules)
-    existing = [file for file in own if (ROOT / file).exists()]
-    return existing + [file for file in TESTS_OF_SEVERAL if file not in existing]
+    own = {f"tests/test_{module}.py" for module in modules}
+    return sorted(
+        file for file in own.union(TESTS_OF_SEVERAL) if (ROOT / file).exists()
+    )
 
 
 # ---- The copy ------------------------------------------------------------------------

@@ -34,7 +34,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def compiled_anew():
+def reset_compiler():
     torch.compiler.reset()
 
 

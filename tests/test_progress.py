@@ -183,7 +183,7 @@ def test_minutes_below_one_count_at_an_epochs_end_too(tmp_path, monkeypatch):
     assert loop.checkpoint_due(last_step=True)
 
 
-def test_an_epoch_s_clock_goes_on_after_a_break_and_begins_anew(tmp_path, monkeypatch):
+def test_an_epoch_s_clock_goes_on_after_a_break_and_starts_over(tmp_path, monkeypatch):
     clock = Clock(0)
     monkeypatch.setattr(progress, "time", clock)
     loop = make_loop(tmp_path)

@@ -226,28 +226,28 @@ LAUNCHER = {
 ON_A_NODE = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
-def started_anew(monkeypatch, environment):
+def imported_again(monkeypatch, environment):
     """run_helpers.py of a process that is started with these of the variables."""
     for name in LAUNCHER | ON_A_NODE:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     path = ROOT / "run_helpers.py"
-    specification = importlib.util.spec_from_file_location("started_anew", path)
+    specification = importlib.util.spec_from_file_location("imported_again", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
 def ranks_with(monkeypatch, environment):
-    module = started_anew(monkeypatch, environment)
+    module = imported_again(monkeypatch, environment)
     return module.RANK, module.RANKS
 
 
 def test_the_place_on_a_node_is_the_launcher_s(monkeypatch):
-    module = started_anew(monkeypatch, LAUNCHER | ON_A_NODE)
+    module = imported_again(monkeypatch, LAUNCHER | ON_A_NODE)
     assert (module.LOCAL_RANK, module.LOCAL_RANKS) == (3, 4)
-    module = started_anew(monkeypatch, ON_A_NODE)
+    module = imported_again(monkeypatch, ON_A_NODE)
     assert (module.LOCAL_RANK, module.LOCAL_RANKS) == (0, 1)
 
 
@@ -379,7 +379,7 @@ def test_a_python_that_is_too_old_or_too_new_is_one_line(monkeypatch, version):
         patch.setitem(sys.modules, "tomllib", None)
         patch.delattr(datetime, "UTC")
         patch.delattr(builtins, "ExceptionGroup")
-        # All modules of the project are imported anew.
+        # Nothing of the project counts as imported already.
         for file in ROOT.glob("*.py"):
             patch.delitem(sys.modules, file.stem, raising=False)
 

@@ -398,7 +398,7 @@ def test_a_cut_download_is_mended_by_the_next_run(
     assert size == COUNTS["unlabelled"] * 27648
 
 
-def test_leftover_of_a_larger_file_begins_anew(call, server, raw_dir, tmp_path):
+def test_leftover_of_a_larger_file_starts_over(call, server, raw_dir, tmp_path):
     server.content = archive_of(raw_dir)
     leave_part(tmp_path, b"x" * (len(server.content) + 1))
     assert call(*download_command(server, tmp_path)).status == 0
@@ -543,7 +543,7 @@ def test_a_damaged_archive_of_one_s_own(call, raw_dir, tmp_path, damage):
     assert not (tmp_path / "stl10_binary").exists()
 
 
-def test_unpacking_begins_anew_after_a_kill(call, raw_dir, tmp_path):
+def test_unpacking_starts_over_after_a_kill(call, raw_dir, tmp_path):
     put_archive(tmp_path, archive_of(raw_dir))
     left = tmp_path / ".stl10_binary.part/stl10_binary/left.bin"
     left.parent.mkdir(parents=True)

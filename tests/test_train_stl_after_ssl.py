@@ -639,8 +639,7 @@ def test_what_a_trunk_is_called():
     ],
 )
 def test_another_image_size_in_pretraining_is_worth_a_note(capsys, settings, note):
-    args = train_stl_after_ssl.make_parser().parse_args([])
-    args.stem = "imagenet"
+    args = train_stl_after_ssl.make_parser().parse_args(["--stem", "imagenet"])
     trunk, _ = make_trunk("res18")
     weights = {"trunk": trunk.state_dict(), "settings": settings}
     *_, name = train_stl_after_ssl.make_start_trunk(args, "exp.pt", weights)

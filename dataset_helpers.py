@@ -207,11 +207,11 @@ def node_shared_tensor(shape):
     if LOCAL_RANK == 0:
         # Where the file system is full, writing to the tensor would crash.
         folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        if free < size:
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < size:
             raise UserError(
-                f"{folder} has {free / 1e9:.3g} GB free, and the images take "
-                f"{size / 1e9:.3g} GB",
+                f"{folder} has {free_bytes / 1e9:.3g} GB free, and the images "
+                f"take {size / 1e9:.3g} GB",
                 "let TMPDIR name a larger folder",
             )
         descriptor, path = tempfile.mkstemp(prefix="pirl_images_")
@@ -241,15 +241,16 @@ def place_images(wish, count, side, device):
         return device
 
     needed = count * (3 * side**2 + BYTES_BESIDE_PIXELS)
-    free = torch.tensor(free_memory(device) - RESERVED_ON_CARD, dtype=torch.float64)
+    free_bytes = free_memory(device) - RESERVED_ON_CARD
     if RANKS > 1:
         # The fullest card decides for all.
-        distributed.all_reduce(free, distributed.ReduceOp.MIN)
-    free = free.item()
-    if needed > free:
+        smallest = torch.tensor(free_bytes, dtype=torch.float64)
+        distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
+        free_bytes = smallest.item()
+    if needed > free_bytes:
         print(
             f"note: the images stay on the host: they take {needed / 1e9:.3g} GB, and "
-            f"a card has room for {max(free, 0) / 1e9:.3g} GB"
+            f"a card has room for {max(free_bytes, 0) / 1e9:.3g} GB"
         )
         return host
     return device
@@ -262,11 +263,11 @@ def check_memory(shape, device, copies):
     """
     count, _, side, _ = shape
 
-    def refuse_above(free, needed, advice):
-        if needed > free:
+    def refuse_above(free_bytes, needed, advice):
+        if needed > free_bytes:
             raise UserError(
                 f"{count} images of {side} × {side} pixels take {needed / 1e9:.3g} GB "
-                f"and there is room for {max(free, 0) / 1e9:.3g} GB",
+                f"and there is room for {max(free_bytes, 0) / 1e9:.3g} GB",
                 advice,
             )
 
@@ -274,16 +275,16 @@ def check_memory(shape, device, copies):
     smaller = "use a smaller --image-size or fewer images"
     refuse_above(free_memory(torch.device("cpu")) / copies, size, smaller)
     if device.type == "cuda":
-        free = free_memory(device) - RESERVED_ON_CARD
+        free_bytes = free_memory(device) - RESERVED_ON_CARD
         advice = f"in pretraining, use --images-on host; else {smaller}"
-        refuse_above(free, size + count * BYTES_BESIDE_PIXELS, advice)
+        refuse_above(free_bytes, size + count * BYTES_BESIDE_PIXELS, advice)
 
 
 def free_memory(device):
     """Free bytes on the host, or on the card."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes
     # Only Linux has this file; elsewhere the system itself will refuse.
     with contextlib.suppress(OSError, TypeError):
         meminfo = Path("/proc/meminfo").read_text()

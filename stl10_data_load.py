@@ -348,12 +348,12 @@ def missing_images(raw, data_dir, split):
 
 def check_disk_space(folder, count):
     """Refuse to begin where `count` images do not fit on the disk."""
-    need = count * IMAGE_BYTES  # PNGs are a little smaller than raw images
-    free = shutil.disk_usage(folder).free
-    if need > free:
+    needed_bytes = count * IMAGE_BYTES  # PNGs are a little smaller than raw images
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
         raise UserError(
-            f"{folder} has {free / 1e6:.0f} MB of free disk, and {need / 1e6:.0f} MB "
-            "will be written",
+            f"{folder} has {free_bytes / 1e6:.0f} MB of free disk, and "
+            f"{needed_bytes / 1e6:.0f} MB will be written",
             "make room, or choose another folder",
         )
 

@@ -480,14 +480,15 @@ def measure_knn(trainer, features, test_features):
     """
     train = trainer.train_index
     validation = trainer.val_index
-    known = (features[train], trainer.labels[train])
+    train_features = features[train]
+    train_labels = trainer.labels[train]
     val_accuracy = evaluation.knn_accuracy(
-        *known, features[validation], trainer.labels[validation]
+        train_features, train_labels, features[validation], trainer.labels[validation]
     )
     test_accuracy = None
     if test_features is not None:
         test_accuracy = evaluation.knn_accuracy(
-            *known, test_features, trainer.test_labels
+            train_features, train_labels, test_features, trainer.test_labels
         )
     return val_accuracy, test_accuracy
 
@@ -501,9 +502,9 @@ def fit_softmax_layer(features, labels, train, validation, args):
     epochs).
     """
     # Standardised features, so that one --lr suits any trunk.
-    known = features[:, train].flatten(0, 1)  # [V·n, d]
-    mean = known.mean(0)
-    scale = known.std(0).clamp(min=1e-5) / FEATURE_STD
+    train_features = features[:, train].flatten(0, 1)  # [V·n, d]
+    mean = train_features.mean(0)
+    scale = train_features.std(0).clamp(min=1e-5) / FEATURE_STD
     features = (features - mean) / scale
 
     layer = torch.nn.Linear(features.shape[2], int(labels.max()) + 1)
@@ -741,18 +742,18 @@ def draw_neighbours(trainer, images, labels):
     """A picture: the first image of every class, with its nearest training images."""
     firsts = [(labels == label).nonzero()[0].item() for label in labels.unique()]
     shown = torch.tensor(firsts, device=trainer.device)
-    known_images = trainer.images[trainer.train_index]
-    known_labels = trainer.labels[trainer.train_index]
+    train_images = trainer.images[trainer.train_index]
+    train_labels = trainer.labels[trainer.train_index]
     _, nearest = evaluation.nearest_neighbours(
-        trainer.features(known_images),
+        trainer.features(train_images),
         trainer.features(images[shown]),
         SHOWN_NEIGHBOURS,
     )
     picture = neighbour_picture(
         images[shown],
         labels[shown],
-        known_images[nearest],
-        known_labels[nearest],
+        train_images[nearest],
+        train_labels[nearest],
         trainer.classes,
     )
     save_picture(picture, trainer.args.neighbours)

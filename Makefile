@@ -25,7 +25,7 @@ help:  ## list the targets
 DEMO = --data-dir demo/data --weights-dir demo/weights \
        --observations-dir demo/observations_dir --image-size 36 --seed $(SEED)
 DEMO_PRETRAINING = --only-train True --batch-size 32 --epochs 5 --knn-every 0
-DEMO_LABELLED = --batch-size 64 --lr 0.1 --full-fine-tune True --full-epochs 6
+DEMO_LABELLED = --batch-size 64 --lr 0.1 --epochs 50 --full-fine-tune True --full-epochs 4
 
 demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning, the table: three to eight minutes (SEED=0)
 	@echo "This takes three to eight minutes on two cores. All files are written to demo/."

@@ -962,6 +962,7 @@ def test_two_steps_of_fine_tuning(tiny):
     flags = ("--full-lr", 0.2, "--lr", 0.7, "--weight-decay", 0.05)
     trainer = make_fine_tuning(tiny, *flags, "--zero-init", "False")
     make_precise(trainer, trainer.view)
+    trainer.averaged_model.double()
     slow_model = plain_copy(trainer.model)
     sgd = MomentumSGD(slow_model.parameters(), 0.05)
     uniforms = trainer.epoch_uniforms(1)
@@ -984,15 +985,37 @@ def test_two_steps_of_fine_tuning(tiny):
     assert trainer.full_stage_begun
 
 
+def test_the_average_of_the_weights(tiny):
+    """After n steps: a ← d·a + (1 − d)·w with d = min(n / (n + 9), 0.99)."""
+    trainer = make_fine_tuning(tiny, "--zero-init", "False", "--full-lr", 0.2)
+    trainer.model.double()
+    trainer.averaged_model.double()
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.2)
+    trainer.view.register_forward_hook(lambda *arguments: arguments[2].double())
+    uniforms = trainer.epoch_uniforms(1)
+
+    average = {name: torch.zeros(()) for name in trainer.model.state_dict()}
+    for steps, decay in {0: 0, 1: 0.1, 2: 2 / 11, 890: 890 / 899, 5000: 0.99}.items():
+        trainer.averaged_steps = steps
+        trainer.train_step(trainer.train_index[:8], uniforms)
+        assert trainer.averaged_steps == steps + 1
+        averaged_state = trainer.averaged_model.state_dict()
+        for name, weight in trainer.model.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                continue
+            average[name] = decay * average[name] + (1 - decay) * weight
+            torch.testing.assert_close(averaged_state[name], average[name])
+
+
 def test_validation_of_fine_tuning(tiny):
-    """Plain validation images, in eval mode; nothing changes."""
+    """The average, on plain validation images, in eval mode; nothing changes."""
     trainer = make_fine_tuning(tiny, "--zero-init", "False")
     with torch.no_grad():
         # The features of a random trunk nearly coincide: their differences must count.
-        trainer.model.softmax_layer.weight *= 100
-    slow_model = plain_copy(trainer.model).eval()
-    before = state_of(trainer.model)
-    trainer.model.train()
+        trainer.averaged_model.softmax_layer.weight *= 100
+    slow_model = plain_copy(trainer.averaged_model).eval()
+    before = state_of(trainer.averaged_model)
+    trainer.averaged_model.train()
 
     loss, accuracy = trainer.validate()
 
@@ -1003,7 +1026,7 @@ def test_validation_of_fine_tuning(tiny):
     assert loss == pytest.approx(slow_cross_entropy(logits, labels).item(), rel=1e-3)
     shares = (logits.argmax(1) == labels).double()
     assert accuracy == pytest.approx(shares.mean().item())
-    for name, value in trainer.model.state_dict().items():
+    for name, value in trainer.averaged_model.state_dict().items():
         assert value.equal(before[name]), name
 
 
@@ -1210,7 +1233,7 @@ def test_the_softmax_stage(tiny):
 
 
 def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
-    """Four epochs: order, views, learning rate, and the best of them in the file."""
+    """Four epochs: order, views, learning rate, and the best average in the file."""
     fine_tuning = train_stl_after_ssl.FineTuning
     indices = []
     uniforms_seen = []
@@ -1229,7 +1252,7 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
         sums.append(totals)
 
     def validate(trainer):
-        states.append(state_of(trainer.model))
+        states.append(state_of(trainer.averaged_model))
         return results[len(states) - 1]
 
     note_calls(monkeypatch, fine_tuning, "train_step", after_step)

@@ -266,7 +266,7 @@ class FineTuning:
         )
 
         # What the full stage validates and keeps. The validation loss of self.model
-        # goes up and down by more than it falls, and lowers the learning rate too early.
+        # goes up and down by more than it falls, which lowers the rate too early.
         self.averaged_model = copy.deepcopy(self.model)
         self.averaged_steps = 0
 

@@ -147,7 +147,7 @@ def main(argv=None):
     checkpoint = experiment.open_checkpoint(args.resume)
     if checkpoint:
         changeable = CHANGEABLE | {"full_fine_tune"}
-        if not checkpoint.get("full_stage_begun"):
+        if not checkpoint.get("full_steps"):
             changeable |= {"full_lr", "full_epochs"}
         args = experiment.restore_settings(parser, argv, args, checkpoint, changeable)
     full_epochs = 0
@@ -176,7 +176,7 @@ def main(argv=None):
     loop = LoopControl(trainer, state, experiment, save, title, advice)
     if checkpoint:
         experiment.restore(checkpoint, trainer.checksum, trainer, state)
-    half_done = trainer.full_stage_begun and "full" not in trainer.results
+    half_done = trainer.full_steps > 0 and "full" not in trainer.results
     if half_done and not args.full_fine_tune:
         raise UserError(
             f"{experiment.checkpoint_file} is from within the full stage",
@@ -268,9 +268,8 @@ class FineTuning:
         # What the full stage validates and keeps. The validation loss of self.model
         # goes up and down by more than it falls, which lowers the rate too early.
         self.averaged_model = copy.deepcopy(self.model)
-        self.averaged_steps = 0
 
-        self.full_stage_begun = False
+        self.full_steps = 0  # steps of the full stage so far
         self.best = {"val_acc": -1.0}  # the best epoch of the full stage
         # (validation, test accuracy) by the names of TABLE_ROWS; under "folds", a list.
         self.results = {}
@@ -316,8 +315,7 @@ class FineTuning:
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averaged_model": self.averaged_model.state_dict(),
-            "averaged_steps": self.averaged_steps,
-            "full_stage_begun": self.full_stage_begun,
+            "full_steps": self.full_steps,
             "best": self.best,
             "results": self.results,
             "seconds": self.seconds,
@@ -327,13 +325,12 @@ class FineTuning:
     def load_state_dict(self, saved):
         self.model.trunk.load_state_dict(saved["trunk"])
         self.model.softmax_layer.load_state_dict(saved["softmax_layer"])
-        self.full_stage_begun = saved["full_stage_begun"]
-        if self.full_stage_begun:
+        self.full_steps = saved["full_steps"]
+        if self.full_steps > 0:
             # Until then, --full-lr may still be changed.
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
             self.averaged_model.load_state_dict(saved["averaged_model"])
-            self.averaged_steps = saved["averaged_steps"]
             # A resumed run may have another precision. Only fp16's scaler has a state.
             if saved["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(saved["scaler"])
@@ -357,7 +354,6 @@ class FineTuning:
 
         Returns [sum of the losses, number of correct answers], on the device.
         """
-        self.full_stage_begun = True
         self.model.train()
         images = self.images.index_select(0, index).float()
         labels = self.labels[index]
@@ -371,6 +367,7 @@ class FineTuning:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.update_average()
+        self.full_steps += 1
         return batch_totals(logits, labels, loss)
 
     @torch.no_grad()
@@ -380,10 +377,7 @@ class FineTuning:
         The decay rises from 0 (a copy) to AVERAGE_DECAY. With 0.99 from the beginning,
         a run of a hundred steps would still hold a third of its first weights.
         """
-        steps = self.averaged_steps
-        decay = min(AVERAGE_DECAY, steps / (steps + 9))
-        self.averaged_steps += 1
-
+        decay = min(AVERAGE_DECAY, self.full_steps / (self.full_steps + 9))
         averages = self.averaged_model.state_dict().values()
         weights = self.model.state_dict().values()
         for average, weight in zip(averages, weights, strict=True):

@@ -8,8 +8,9 @@ python -m benchmarks.equal_time --data-dir photos_10000 --image-size 64 --minute
 
 Each method of lightly is tried with three learning rates, with and without
 zero-initialised residual blocks, on seed 0; the best by validation accuracy of the
-softmax layer runs with the other seeds. Writes results/<data>_<minutes>_minutes.md and
-the runs' files in a folder of that name; finished runs are not repeated.
+softmax layer runs with the other seeds. Each run adds its row to
+results/<data>_<minutes>_minutes.md; the runs' files are in a folder of that name. After
+an interruption, finished runs are not repeated.
 
 PIRL's minutes do not include reading the images into memory once; lightly reads them
 again in every epoch, which is included.
@@ -115,22 +116,22 @@ def main(argv=None):
     results = [run_pirl(args, folder, seed) for seed in range(args.seeds)]
     # The peers get the time that PIRL took, which is that of whole epochs.
     limits = [result.seconds for result in results]
+    write_report(name, results, args)
+
+    def run(variant, seed):
+        result = run_peer(args, folder, device, variant, seed, limits[seed])
+        results.append(result)
+        write_report(name, results, args)
+        return result
+
     for method in METHODS:
         tried = []
-        for lr in LEARNING_RATES:
-            for zero_init in (True, False):
-                variant = Variant(method, lr, zero_init)
-                tried.append(run_peer(args, folder, device, variant, 0, limits[0]))
-        results += tried
+        for zero_init in (True, False):
+            for lr in LEARNING_RATES:
+                tried.append(run(Variant(method, lr, zero_init), 0))
         best = best_on_seed_0(tried)
         for seed in range(1, args.seeds):
-            results.append(run_peer(args, folder, device, best, seed, limits[seed]))
-
-    text = report(name, results, args)
-    table = RESULTS / f"{name}.md"
-    with atomic_write(table, "w") as file:
-        file.write(text)
-    print(f"\n{text}\nwrote {table}")
+            run(best, seed)
 
 
 class Variant(NamedTuple):
@@ -419,6 +420,15 @@ def lightly_version():
 
 
 # ---- The report ----------------------------------------------------------------------
+def write_report(name, results, args):
+    """Write and print what has been measured so far: all may take a day."""
+    text = report(name, results, args)
+    table = RESULTS / f"{name}.md"
+    with atomic_write(table, "w") as file:
+        file.write(text)
+    print(f"\n{text}\nwrote {table}", flush=True)
+
+
 def report(name, results, args):
     """The text of results/<name>.md."""
     # fmt: off
@@ -448,6 +458,8 @@ def summary_table(results):
     rows = [["method", "kNN", "softmax layer", "seeds"]]
     for method in ("PIRL", *METHODS):
         own = [result for result in results if result.variant.method == method]
+        if not own:
+            continue  # its turn has not come
         best = best_on_seed_0(own)
         runs = [result for result in own if result.variant == best]
         knn = accuracy([run.neighbours for run in runs], TEST)

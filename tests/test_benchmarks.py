@@ -293,6 +293,9 @@ def test_equal_time_chooses_by_validation_and_runs_all_seeds(
 
     def run_peer(args, folder, device, variant, seed, limit):
         assert limit == 60.0 + seed, "the time that PIRL took"
+        table = next((tmp_path / "results").glob("*_minutes.md")).read_text("utf-8")
+        rows = [line for line in table.splitlines() if line.count(" | ") == 9][2:]
+        assert len(rows) == 3 + len(peers), "three of PIRL, and what has ended since"
         accuracy = accuracies.get((variant.lr, variant.zero_init))
         result = made_up_result(*variant, seed, accuracy)
         peers.append((result.variant, seed))

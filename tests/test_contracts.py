@@ -982,7 +982,7 @@ def test_two_steps_of_fine_tuning(tiny):
         correct = (logits.argmax(1) == labels).sum().item()
         assert totals.tolist() == pytest.approx([8 * loss.item(), correct], rel=1e-4)
         assert_same_change(before, state_of(trainer.model), state_of(slow_model))
-    assert trainer.full_stage_begun
+    assert trainer.full_steps == 2
 
 
 def test_the_average_of_the_weights(tiny):
@@ -996,9 +996,9 @@ def test_the_average_of_the_weights(tiny):
 
     average = {name: torch.zeros(()) for name in trainer.model.state_dict()}
     for steps, decay in {0: 0, 1: 0.1, 2: 2 / 11, 890: 890 / 899, 5000: 0.99}.items():
-        trainer.averaged_steps = steps
+        trainer.full_steps = steps
         trainer.train_step(trainer.train_index[:8], uniforms)
-        assert trainer.averaged_steps == steps + 1
+        assert trainer.full_steps == steps + 1
         averaged_state = trainer.averaged_model.state_dict()
         for name, weight in trainer.model.state_dict().items():
             if name.endswith("num_batches_tracked"):

@@ -352,7 +352,7 @@ def test_flags_that_are_left_out_keep_the_values_of_the_checkpoint(
         signal_in_step(patch, signal.SIGTERM, 6)
         assert call(*script, *settings, *name).status == 143
     checkpoint = read_checkpoint(tmp_path, "halves")
-    assert checkpoint["full_stage_begun"]
+    assert checkpoint["full_steps"] == 6
     assert checkpoint["training"]["epoch"] == 2
     assert checkpoint["training"]["step"] == 2
     assert checkpoint["results"].keys() == {"softmax", "neighbours"}

@@ -289,7 +289,7 @@ class Experiment:
         with explain_mismatch(self.checkpoint_file, "use another copy"):
             if checkpoint["checksum"] != checksum:
                 raise UserError(
-                    f"{self.checkpoint_file} is of other images",
+                    f"{self.checkpoint_file} was made from other images",
                     "give the --data-dir that it was made with",
                 )
             trainer.load_state_dict(checkpoint)

@@ -33,7 +33,7 @@ from run_helpers import (
 )
 
 STL10_SIDE = 96  # pixels
-# Of the unlabelled images that are not trained on, at most this many validate.
+# Of the unlabelled images that are not trained on, at most this many are validated on.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
 # If the longer side is more than this many times the shorter one, the ends are cut off
@@ -101,7 +101,7 @@ def find_images(folder):
         names = ", ".join(sorted(others)[:3])
         if len(others) > 3:
             names += ", …"
-        what = f"{len(others)} files in {folder} are no images and are not used"
+        what = f"{len(others)} files in {folder} are not images and are not used"
         print(f"note: {what} ({names})")
     return sorted(images, key=lambda path: natural_key(path.relative_to(folder)))
 

@@ -57,7 +57,7 @@ def nearest_neighbours(features, queries, count):
     count = min(count, len(features))
     cosines = []
     indices = []
-    # In blocks, for the similarities of all queries to all features may not fit.
+    # In blocks: the similarities of all queries to all features may not fit in memory.
     for block in queries.split(1024):
         similarities = F.normalize(block, dim=1) @ features.T
         best = similarities.topk(count)

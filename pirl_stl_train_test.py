@@ -691,7 +691,7 @@ def warm_start(trainer, state, experiment):
     path, weights = read_weights(name, args.weights_dir)
     if not args.pirl_model_name and weights.get("kind") != "PIRL weights":
         raise UserError(
-            f"{path} is no pretrained model, and this run would replace it",
+            f"{path} is not a pretrained model, and this run would replace it",
             "choose another --experiment-name",
         )
     modules = dict(trainer.model.named_children())

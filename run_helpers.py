@@ -68,7 +68,8 @@ def run_script(main):
         if out_of_memory or "can't allocate memory" in reason:
             end(
                 f"the memory is full ({reason}): choose a smaller --batch-size, "
-                "--image-size or --model-type; on a GPU, try --images-on host"
+                "--image-size or --model-type; in pretraining on a GPU, try "
+                "--images-on host"
             )
         lost_connection = isinstance(error, distributed.DistError)
         if RANKS > 1 and (lost_connection or "gloo" in str(error)):

@@ -261,7 +261,7 @@ def count_images(path):
         )
     if size % IMAGE_BYTES:
         raise UserError(
-            f"{path} has {size} bytes, no multiple of {IMAGE_BYTES}: it is cut short",
+            f"{path} is cut short: {size} bytes, not a multiple of {IMAGE_BYTES}",
             "get it again",
         )
     return size // IMAGE_BYTES

@@ -124,7 +124,8 @@ def make_parser():
     add("--folds", **bool_flag(False),
         help="whether to train the softmax layer on each fold of fold_indices.txt too")
     add("--neighbours", type=file_path,
-        help="a PNG picture to write: test images with the nearest training images")
+        help="a PNG picture to write: test images (or validation images, without a test"
+             " folder) with the nearest training images")
     # fmt: on
     return parser
 

@@ -4,7 +4,11 @@ Each method pretrains a ResNet-18 on the same images, for the same number of min
 this machine. train_stl_after_ssl.py then trains a softmax layer on the features of each
 trunk and measures kNN.
 
-python -m benchmarks.equal_time --data-dir photos_10000 --image-size 64 --minutes 12
+OMP_WAIT_POLICY=passive python -m benchmarks.equal_time --data-dir photos_10000 \\
+    --image-size 64 --minutes 12
+
+On CPUs, OMP_WAIT_POLICY makes idle threads leave their cores to the processes that
+read images for lightly.
 
 Each method of lightly is tried with three learning rates, with and without
 zero-initialised residual blocks, on seed 0; the best by validation accuracy of the
@@ -87,7 +91,8 @@ def parse_args(argv=None):
     add("--data-dir", type=file_path, default=Path("stl10_data"),
         help="the folder with the images")
     add("--minutes", type=bounded(float, 0.001), default=12.0,
-        help="minutes of each pretraining")
+        help="minutes of PIRL's pretraining, rounded down to whole epochs; the others"
+             " get the time that it took")
     add("--image-size", type=bounded(int, 36, 224), default=96,
         help="images are resized and cropped to this side length in pixels")
     add("--seeds", type=bounded(int, 1), default=2, help="how many seeds, from 0")
@@ -145,7 +150,7 @@ class Variant(NamedTuple):
 class Result(NamedTuple):
     """A finished run. softmax, neighbours: pairs (validation, test) of accuracies.
 
-    Both are None of a run that has diverged.
+    Both are None if the run has diverged.
     """
 
     variant: Variant
@@ -171,10 +176,12 @@ def best_on_seed_0(results):
 def run_pirl(args, folder, seed):
     """Pretrain by this project, for as many whole epochs as fit into the minutes."""
     flags = [*common_flags(args), "--only-train", "True", "--knn-every", "0"]
-    one_epoch = [*flags, "--seed", "0", "--epochs", "1"]
-    measured = finished_run(folder, "one_epoch", PRETRAINING, one_epoch)
-    epochs = int(60 * args.minutes / pretraining_seconds(measured))
-    if epochs == 0:
+    two_epochs = [*flags, "--seed", "0", "--epochs", "2"]
+    measured = finished_run(folder, "two_epochs", PRETRAINING, two_epochs)
+    # On a GPU, the first epoch of a process takes several times as long as the others.
+    first, later = (epoch["seconds"] for epoch in measured["history"])
+    epochs = 1 + math.floor((60 * args.minutes - first) / later)
+    if epochs < 1:
         raise UserError(
             f"an epoch of PIRL takes longer than {args.minutes:g} minutes",
             "raise --minutes",

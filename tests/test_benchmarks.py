@@ -240,7 +240,7 @@ def test_equal_time(run_here, without_lightly, data_dir, tmp_path):
     arguments = ["--data-dir", str(data_dir), *flags.split()]
     equal_time.main(arguments)
     equal_time.main(arguments)
-    assert run_here.runs.count("pirl_stl_train_test") == 2, "an epoch, then the run"
+    assert run_here.runs.count("pirl_stl_train_test") == 2, "two epochs, then the run"
     assert run_here.runs.count("train_stl_after_ssl") == 3
     assert len(run_here.runs) == 5, "what is finished is not run again"
 
@@ -356,6 +356,38 @@ def test_the_methods_of_lightly(method, data_dir):
     assert run["image_count"] > 0
     trunk = find_trunk(run)
     assert trunk["conv1.weight"].equal(run["state_dict"]["backbone.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("minutes", "epochs"), [(0.99, None), (1, 1), (1.49, 1), (1.5, 2), (12, 23)]
+)
+def test_equal_time_counts_the_epochs_that_fit(monkeypatch, tmp_path, minutes, epochs):
+    """The first epoch of a process takes a minute, the others half a minute each."""
+    counts = []
+
+    def finished_run(folder, name, script, flags):
+        if script == results.FINE_TUNING:
+            return {"results": {"softmax": (0.5, 0.4), "neighbours": (0.3, 0.2)}}
+        counts.append(int(flags[flags.index("--epochs") + 1]))
+        seconds = [60.0] + [30.0] * (counts[-1] - 1)
+        return {
+            "history": [{"seconds": of_epoch} for of_epoch in seconds],
+            "settings": {"lr": 0.2, "zero_init": True},
+            "images": 100,
+            "machine": "a machine",
+        }
+
+    monkeypatch.setattr(equal_time, "finished_run", finished_run)
+    args = equal_time.parse_args(["--minutes", str(minutes)])
+    if epochs is None:
+        with pytest.raises(UserError, match=r"longer than 0\.99 minutes: raise"):
+            equal_time.run_pirl(args, tmp_path, 0)
+        return
+
+    result = equal_time.run_pirl(args, tmp_path, 0)
+    assert counts == [2, epochs]
+    assert result.image_count == 100 * epochs
+    assert result.seconds == 60 + 30 * (epochs - 1)
 
 
 def test_equal_time_without_lightly(monkeypatch):

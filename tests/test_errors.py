@@ -203,16 +203,20 @@ def test_a_checkpoint_of_other_images_or_labels(call, tiny, own_data):
     image = own_data / "test/1/0.png"
     pixels = image.read_bytes()
     shutil.copy(own_data / "test/2/1.png", image)
-    assert call(*resume).is_one_line_error("l.ckpt is of other images", "--data-dir")
+    assert call(*resume).is_one_line_error(
+        "l.ckpt was made from other images", "--data-dir"
+    )
     image.write_bytes(pixels)
     # The same pixels in the same order, with another label of one.
     (own_data / "train/1/0.png").rename(own_data / "train/2/0.png")
-    assert call(*resume).is_one_line_error("l.ckpt is of other images", "--data-dir")
+    assert call(*resume).is_one_line_error(
+        "l.ckpt was made from other images", "--data-dir"
+    )
 
     assert call("pirl_stl_train_test", *run, "p").status == 0
     shutil.copy(own_data / "unlabelled/3.png", own_data / "unlabelled/4.png")
     outcome = call("pirl_stl_train_test", *run, "p", "--resume")
-    assert outcome.is_one_line_error("p.ckpt is of other images")
+    assert outcome.is_one_line_error("p.ckpt was made from other images")
 
 
 def test_weights_of_another_architecture(call, tiny):

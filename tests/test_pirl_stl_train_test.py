@@ -859,5 +859,5 @@ def test_a_warm_start_does_not_replace_a_fine_tuning(call, tiny, tmp_path):
     before = (tmp_path / "weights/exp.ckpt").read_bytes()
 
     outcome = call("pirl_stl_train_test", *flags, "--warm-start")
-    assert outcome.is_one_line_error("exp.pt is no pretrained model")
+    assert outcome.is_one_line_error("exp.pt is not a pretrained model")
     assert (tmp_path / "weights/exp.ckpt").read_bytes() == before

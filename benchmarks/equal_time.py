@@ -78,7 +78,8 @@ except ImportError as error:
     LIGHTLY_ERROR = error
 
 # The settings of lightly's own benchmark of these methods on small images
-# (cifar10_benchmark.py), where the learning rate is 0.06. SimCLR with 0.02 was far behind.
+# (cifar10_benchmark.py), where the learning rate is 0.06. With 0.02, SimCLR was far
+# behind (docs/recipe.md).
 LEARNING_RATES = (0.06, 0.2, 0.6)
 BATCH_SIZE = 128
 WEIGHT_DECAY = 5e-4

@@ -229,7 +229,8 @@ def without_lightly(monkeypatch):
     monkeypatch.setattr(equal_time, "make_transform", make_transform)
     methods = {"MeanSquare": MeanSquare, "Diverging": Diverging}
     monkeypatch.setattr(equal_time, "METHODS", methods)
-    monkeypatch.setattr(equal_time, "LEARNING_RATES", (0.1,))
+    rates = {"MeanSquare": (0.1,), "Diverging": (0.1,)}
+    monkeypatch.setattr(equal_time, "LEARNING_RATES", rates)
     monkeypatch.setattr(equal_time, "BATCH_SIZE", 16)
 
 
@@ -304,13 +305,15 @@ def test_equal_time_chooses_by_validation_and_runs_all_seeds(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(equal_time, "run_pirl", run_pirl)
     monkeypatch.setattr(equal_time, "run_peer", run_peer)
-    monkeypatch.setattr(equal_time, "LEARNING_RATES", (0.1, 0.5))
+    rates = {"MeanSquare": (0.1, 0.5), "Diverging": (0.02, 0.1, 0.5)}
+    monkeypatch.setattr(equal_time, "LEARNING_RATES", rates)
     equal_time.main(["--device", "cpu", "--seeds", "3"])
-    for method in ("MeanSquare", "Diverging"):
+    for method, its_rates in rates.items():
         own = [(variant, seed) for variant, seed in peers if variant.method == method]
-        assert len(own) == 6
+        variants = [(True, lr) for lr in its_rates] + [(False, lr) for lr in its_rates]
+        expected = [(equal_time.Variant(method, lr, init), 0) for init, lr in variants]
         best = equal_time.Variant(method, 0.5, True)
-        assert own[4:] == [(best, 1), (best, 2)]
+        assert own == [*expected, (best, 1), (best, 2)]
 
 
 def made_up_result(method, lr, zero_init, seed, validation, test=0.1):

@@ -135,10 +135,10 @@ def main(argv=None):
         write_report(name, results, args)
         return result
 
-    for method in METHODS:
+    for method, learning_rates in LEARNING_RATES.items():
         tried = []
         for zero_init in (True, False):
-            for lr in LEARNING_RATES[method]:
+            for lr in learning_rates:
                 tried.append(run(Variant(method, lr, zero_init), 0))
         best = best_on_seed_0(tried)
         for seed in range(1, args.seeds):

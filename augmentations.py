@@ -82,7 +82,9 @@ class LabelledView(nn.Module):
         crop_uniforms, flip_uniforms, angle_uniforms, brightness_uniforms = split
         side = images.shape[-1]
 
-        # The crop is turned about the image's middle.
+        # The maps lead from the view back to the image, so they are applied from right
+        # to left: a pixel of the view, flipped, in its box, and that turned about the
+        # image's middle, the origin of the coordinates.
         corner, size = crop_box(crop_uniforms, side, CROP_AREA)
         transforms = box_transforms(corner, size, side)
         transforms = flip_half(transforms, flip_uniforms)
@@ -112,9 +114,11 @@ def crop_box(uniforms, side, area):
     low, high = CROP_ASPECT
     aspect = between(uniforms[:, 1], math.log(low), math.log(high)).exp()
 
-    # Not wider than the image, and wide enough that it is not higher than the image.
+    # A wide or a high box may be larger than the image. It keeps its area, so the width
+    # has two bounds: the side, and the width at which the height is the side.
     width = (pixels * aspect).sqrt()
-    width = width.clamp(max=side).maximum(pixels / side)
+    width = width.clamp(max=side)
+    width = width.maximum(pixels / side)
     height = pixels / width
 
     size = torch.stack([height, width], dim=1)
@@ -129,8 +133,11 @@ def box_transforms(corner, size, side):
     matrices [[scale_x, 0, centre_x], [0, scale_y, centre_y]]. Coordinates are −1 at the
     left and upper edge, of the box as of the image, and 1 at the others.
     """
-    scale = (size / side).flip(-1)  # (x, y) from here on
-    centre = ((2 * corner + size) / side - 1).flip(-1)
+    scale = size / side
+    centre = (2 * corner + size) / side - 1
+    # Boxes are (vertical, horizontal), but affine_grid wants (x, y).
+    scale = scale.flip(-1)
+    centre = centre.flip(-1)
     return torch.cat([torch.diag_embed(scale), centre[..., None]], dim=-1)
 
 
@@ -194,7 +201,7 @@ class ColourJitter(nn.Module):
         The result is float32, normalised, channels-last.
         """
         brightness, contrast, saturation, hue = self.parameters_of(uniforms)
-        # The factor also brings 0 … 255 to 0 … 1, without another pass over the images.
+        # The factor also rescales 0 … 255 to 0 … 1, without another pass over the images.
         return self.recolour(images, brightness / 255, contrast, saturation, hue)
 
     def parameters_of(self, uniforms):

@@ -1,36 +1,27 @@
-"""Image folders to tensors, and splits.
+"""Folders of images to tensors, and splits.
 
 A split is one uint8 tensor [N, 3, S, S] that is decoded once and lives on the training
 device, or on the host if that is too small; a batch is rows of it.
 """
 
-import contextlib
-import math
 import os
 import re
-import shutil
-import tempfile
+import unicodedata
 import warnings
 import zlib
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
-from torch import distributed
+from PIL import Image, UnidentifiedImageError, features
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from progress import in_threads
-from run_helpers import (
-    LOCAL_RANK,
-    LOCAL_RANKS,
-    RANK,
-    RANKS,
-    SPLIT,
-    UserError,
-    make_generator,
-)
+from runtime.bars import in_threads, progress_bar
+from runtime.errors import UserError
+from runtime.memory import fill_images, place_images
+from runtime.randomness import SPLIT, make_generator
 
 STL10_SIDE = 96  # pixels
 # Of the unlabelled images that are not trained on, at most this many are validated on.
@@ -39,11 +30,6 @@ VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
 # If the longer side is more than this many times the shorter one, the ends are cut off
 # before the picture is resized.
 MAX_ASPECT = 8
-# Bytes that a step needs beside the images: weights and activations.
-RESERVED_ON_CARD = 1.5e9
-# Bytes per image beside its pixels: a row of the memory bank, and the random numbers of
-# its views for two epochs, of which one is drawn while the other is still there.
-BYTES_BESIDE_PIXELS = 4 * (128 + 2 * 96)
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -106,32 +92,85 @@ def find_images(folder):
     return sorted(images, key=lambda path: natural_key(path.relative_to(folder)))
 
 
+# ---- From a file to a square ---------------------------------------------------------
 def read_image(path, side):
-    """An image file of any size, with 8 or 16 bits, as uint8 [3, side, side] RGB.
-
-    It is resized until its shorter side fits, and cropped to its centre.
-    """
+    """An image file of any size, with 8 or 16 bits, as uint8 [3, side, side] RGB."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion would clip 16 bits at 255 instead of scaling them.
-            high_bytes = np.asarray(image) >> 8
-            image = Image.fromarray(high_bytes.astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            # Pillow opens some PNGs of 16 bits as 32 bits. The range of files that do
-            # have 32 bits is unknown.
-            image = from_32_bits(image)
+        return np.asarray(square(image, side)).transpose(2, 0, 1)
 
-        shorter = min(image.size)
-        longest = MAX_ASPECT * shorter
-        if max(image.size) > longest:
-            # Resized as a whole, a strip of 20,000 × 1 pixels would take gigabytes.
-            width, height = image.size
-            crop = (min(height, longest), min(width, longest))
-            image = TF.center_crop(image, crop)
 
-        image = TF.resize(image.convert("RGB"), side, TF.InterpolationMode.BICUBIC)
-        return np.asarray(TF.center_crop(image, side)).transpose(2, 0, 1)
+def square(image, side):
+    """A Pillow image of any kind as RGB of side × side pixels, the way people see it.
+
+    It is turned as its EXIF data says, put on white where it is transparent, resized
+    until its shorter side fits, and cropped to its centre. Every image that a network
+    of this project sees passes through here.
+    """
+    image = as_rgb(upright(image))
+
+    shorter = min(image.size)
+    longest = MAX_ASPECT * shorter
+    if max(image.size) > longest:
+        # Resized as a whole, a strip of 20,000 × 1 pixels would take gigabytes.
+        width, height = image.size
+        crop = (min(height, longest), min(width, longest))
+        image = TF.center_crop(image, crop)
+
+    image = TF.resize(image, side, TF.InterpolationMode.BICUBIC)
+    return TF.center_crop(image, side)
+
+
+# How to turn a picture, by its EXIF orientation; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXIF_ORIENTATION = 0x112
+
+
+def upright(image):
+    """The picture, turned as the orientation in its EXIF data says.
+
+    ImageOps.exif_transpose() would write the other metadata back, and fails where a
+    camera or an editor has left something odd there.
+    """
+    image.load()  # some formats have their EXIF data after the pixels
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:
+        # Metadata is bytes of any kind, and Pillow raises any kind of error.
+        return image
+    if orientation not in TURNS:
+        return image
+    turned = image.transpose(TURNS[orientation])
+    # transpose() forgets which colour of a palette is transparent.
+    if "transparency" in image.info:
+        turned.info["transparency"] = image.info["transparency"]
+    return turned
+
+
+def as_rgb(image):
+    """A Pillow image of any mode in RGB of 8 bits, on white where it is transparent."""
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion would clip 16 bits at 255 instead of scaling them.
+        high_bytes = np.asarray(image) >> 8
+        return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        # Pillow opens some PNGs of 16 bits as 32 bits. The range of files that do have
+        # 32 bits is unknown.
+        return from_32_bits(image).convert("RGB")
+
+    if image.has_transparency_data:
+        # What lies under transparent pixels is arbitrary, and often black.
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 def from_32_bits(image):
@@ -146,164 +185,119 @@ def from_32_bits(image):
 
 # ---- From files to a tensor ----------------------------------------------------------
 def load_images(files, side, device, description, all_ranks=False):
-    """(uint8 [N, 3, side, side] on `device`, a CRC-32 of it) of image files, in order.
+    """(uint8 [N, 3, side, side] on `device`, fingerprint) of image files, in order.
 
-    all_ranks: every rank calls this. If the images stay on the host, those of a node
-    share one copy.
+    all_ranks: every rank calls this. Files that cannot be read are named together.
     """
+
+    def fill(rows, array):
+        part = files[rows]
+        with progress_bar(len(part), f"reading {description}", " images") as bar:
+            problems = decode(part, array, bar)
+        if problems:
+            texts = [f"{part[row]} ({problem})" for row, problem in problems.items()]
+            names = ", ".join(texts[:10])
+            if len(texts) > 10:
+                names += f" and {len(texts) - 10} more"
+            raise UserError(f"cannot read {names}", "repair or remove them")
+
     shape = (len(files), 3, side, side)
-    one_copy = all_ranks and device.type == "cpu" and LOCAL_RANKS > 1
-    # Images for cards are decoded on the host first, by every rank for itself.
-    copies = LOCAL_RANKS if all_ranks and not one_copy else 1
-    check_memory(shape, device, copies)
-
-    if one_copy:
-        images = node_shared_tensor(shape)
-        # Each rank of the node decodes its part: if the others only waited, torch would
-        # give up after some minutes.
-        part = slice(LOCAL_RANK, None, LOCAL_RANKS)
-        decode(files[part], images.numpy()[part], description)
-        distributed.barrier()
-    else:
-        images = torch.empty(shape, dtype=torch.uint8)
-        decode(files, images.numpy(), description)
-    return images.to(device), zlib.crc32(images.numpy())
+    images, checksum = fill_images(shape, device, fill, all_ranks)
+    return images, fingerprint_of(files, checksum)
 
 
-def decode(files, images, description):
+def decode(files, images, bar):
     """Read image files into the rows of an array, by a pool of threads.
 
-    images: numpy, uint8 [N, 3, S, S]. Files that cannot be read are named together.
+    images: numpy, uint8 [N, 3, S, S]. Returns {row: why that file cannot be read}, in
+    the order of the rows.
     """
     side = images.shape[-1]
-    problems = []
+    problems = {}
 
     def read(row):
         try:
             images[row] = read_image(files[row], side)
         except Exception as error:
             # Pillow raises a dozen kinds of error for bytes that are no image.
-            problems.append(f"{files[row]} ({error})")
+            problems[row] = reading_problem(error)
 
     # Pillow warns of odd metadata, which does not matter here.
     with warnings.catch_warnings(action="ignore"):
-        in_threads(read, range(len(files)), f"reading {description}")
-
-    if problems:
-        names = ", ".join(sorted(problems)[:10])
-        if len(problems) > 10:
-            names += f" and {len(problems) - 10} more"
-        raise UserError(f"cannot read {names}", "repair or remove them")
+        in_threads(read, range(len(files)), bar)
+    return dict(sorted(problems.items()))
 
 
-def node_shared_tensor(shape):
-    """A uint8 tensor on the host that the ranks of a node share.
+def reading_problem(error):
+    """Why a picture cannot be read, in a few words."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has more pixels than Pillow allows, 179 million: make it smaller"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image, or damaged"
+    if "MAX_TEXT" in str(error) or "Decompressed data too large" in str(error):
+        return "a text in its metadata is too large: save it without metadata"
+    return str(error) or type(error).__name__
 
-    It is mapped from a temporary file. Local rank 0 makes the file, all ranks map it,
-    and then it is deleted: its content disappears with the last process that maps it.
+
+def fingerprint_of(files, checksum):
+    """What tells images from others, for a checkpoint.
+
+    checksum: of the decoded pixels. The files' names and sizes, and the program that
+    decoded them, tell why pixels differ: JPEGs look different by another libjpeg.
     """
-    size = math.prod(shape)
-    path = None
-    if LOCAL_RANK == 0:
-        # Where the file system is full, writing to the tensor would crash.
-        folder = tempfile.gettempdir()
-        free_bytes = shutil.disk_usage(folder).free
-        if free_bytes < size:
-            raise UserError(
-                f"{folder} has {free_bytes / 1e9:.3g} GB free, and the images "
-                f"take {size / 1e9:.3g} GB",
-                "let TMPDIR name a larger folder",
-            )
-        descriptor, path = tempfile.mkstemp(prefix="pirl_images_")
-        os.close(descriptor)
-
-    # torchrun numbers the ranks of a node in a row, local rank 0 first.
-    paths = [None] * RANKS
-    distributed.all_gather_object(paths, path)
-    path = paths[RANK - LOCAL_RANK]
-    images = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    distributed.barrier()
-    if LOCAL_RANK == 0:
-        os.remove(path)
-    return images.view(shape)
+    listing = "".join(f"{file.name} {file.stat().st_size}\n" for file in files)
+    libjpeg = features.version("jpg")
+    return {
+        "checksum": checksum,
+        "files": zlib.crc32(os.fsencode(listing)),
+        "decoder": f"Pillow {PIL.__version__} with libjpeg {libjpeg}",
+    }
 
 
-def place_images(wish, count, side, device):
-    """Where a run keeps its images: on the training device or on the host.
-
-    wish: "device", "host" or "auto", which is the device if they fit there. All ranks
-    call this, and all come to the same place.
-    """
-    host = torch.device("cpu")
-    if device.type == "cpu" or wish == "host":
-        return host
-    if wish == "device":
-        return device
-
-    needed = count * (3 * side**2 + BYTES_BESIDE_PIXELS)
-    free_bytes = free_memory(device) - RESERVED_ON_CARD
-    if RANKS > 1:
-        # The fullest card decides for all.
-        smallest = torch.tensor(free_bytes, dtype=torch.float64)
-        distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
-        free_bytes = smallest.item()
-    if needed > free_bytes:
-        print(
-            f"note: the images stay on the host: they take {needed / 1e9:.3g} GB, and "
-            f"a card has room for {max(free_bytes, 0) / 1e9:.3g} GB"
-        )
-        return host
-    return device
-
-
-def check_memory(shape, device, copies):
-    """Refuse images that do not fit, before an hour is spent on decoding them.
-
-    copies: how many are made on this node.
-    """
-    count, _, side, _ = shape
-
-    def refuse_above(free_bytes, needed, advice):
-        if needed > free_bytes:
-            raise UserError(
-                f"{count} images of {side} × {side} pixels take {needed / 1e9:.3g} GB "
-                f"and there is room for {max(free_bytes, 0) / 1e9:.3g} GB",
-                advice,
-            )
-
-    size = math.prod(shape)
-    smaller = "use a smaller --image-size or fewer images"
-    refuse_above(free_memory(torch.device("cpu")) / copies, size, smaller)
-    if device.type == "cuda":
-        free_bytes = free_memory(device) - RESERVED_ON_CARD
-        advice = f"in pretraining, use --images-on host; else {smaller}"
-        refuse_above(free_bytes, size + count * BYTES_BESIDE_PIXELS, advice)
-
-
-def free_memory(device):
-    """Free bytes on the host, or on the card."""
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return free_bytes
-    # Only Linux has this file; elsewhere the system itself will refuse.
-    with contextlib.suppress(OSError, TypeError):
-        meminfo = Path("/proc/meminfo").read_text()
-        kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]
-        return 1024 * int(kilobytes)
-    return math.inf
-
-
+# ---- Unlabelled images ---------------------------------------------------------------
 def unlabelled_folder(data_dir):
+    """data_dir/unlabelled, or unlabeled."""
+    british = data_dir / "unlabelled"
     american = data_dir / "unlabeled"
-    return american if american.is_dir() else data_dir / "unlabelled"
+    if british.is_dir() and american.is_dir():
+        raise UserError(
+            f"there are both {british} and {american}",
+            "move all images into one of them",
+        )
+    folder = american if american.is_dir() else british
+    if not folder.is_dir():
+        explain_missing(folder, "pretraining reads images from there")
+    return folder
 
 
-def load_unlabelled(args, device):
+def explain_missing(folder, purpose):
+    """The error for a folder of data_dir that does not exist, from what is there."""
+    data_dir = folder.parent
+    if not data_dir.is_dir():
+        raise UserError(
+            f"{data_dir} does not exist",
+            f"let --data-dir name the folder that holds {folder.name}/, or run "
+            "stl10_data_load.py first",
+        )
+    entries = [path for path in data_dir.iterdir() if not path.name.startswith(".")]
+    if any(path.suffix.lower() in IMG_EXTENSIONS for path in entries):
+        advice = f"move its images to {folder}"
+    elif any(path.is_dir() for path in entries) and folder.name == "train":
+        advice = f"if its folders are the classes, move them to {folder}"
+    else:
+        advice = f"put images into {folder}, or run stl10_data_load.py first"
+    raise UserError(
+        f"{data_dir} has no folder {folder.name}, and {purpose}",
+        advice,
+    )
+
+
+def load_unlabelled(args, device, bytes_beside):
     """The unlabelled images that a run uses: those to train on, then those to validate.
 
     Training images are a random 70 %, or all with --only-train; at most 4,096 of the
-    others validate. Returns (images uint8 [N, 3, S, S] on `device` or on the host, the
-    number of training images, checksum).
+    others validate. bytes_beside: see place_images(). Returns (images uint8 [N, 3, S,
+    S] on `device` or on the host, the number of training images, fingerprint).
     """
     folder = unlabelled_folder(args.data_dir)
     files = list_images(folder)
@@ -315,37 +309,132 @@ def load_unlabelled(args, device):
     files = [files[row] for row in used]
 
     side = args.image_size
-    place = place_images(args.images_on, len(files), side, device)
+    place = place_images(args.images_on, len(files), side, device, bytes_beside)
     print(
         f"{len(files)} images take {len(files) * 3 * side**2 / 1e9:.3g} GB", flush=True
     )
-    images, checksum = load_images(files, side, place, folder.name, all_ranks=True)
-    return images, train_count, checksum
+    images, fingerprint = load_images(files, side, place, folder.name, all_ranks=True)
+    return images, train_count, fingerprint
 
 
-def load_labelled(folder, side, device, classes=None):
-    """The images of <folder>/<class>/…/<image> with their labels.
+# ---- Labelled images -----------------------------------------------------------------
+class LabelledImages(NamedTuple):
+    """Images with their classes; where there are none, both tensors are empty."""
+
+    images: torch.Tensor  # uint8 [N, 3, S, S]
+    labels: torch.Tensor  # int64 [N]
+
+
+class LabelledData(NamedTuple):
+    """What fine-tuning and the kNN monitor read: data_dir/train, and val/ if it exists.
+
+    One tensor holds the images to train on and those to validate on.
+    """
+
+    images: torch.Tensor  # uint8 [N, 3, S, S], those of train/ first
+    labels: torch.Tensor  # int64 [N]
+    train: torch.Tensor  # int64, indices of the images to train on
+    val: torch.Tensor  # int64, indices of those to validate on
+    folders: list  # names of the class folders; the label is the place in this list
+    files: list  # paths of the images, relative to data_dir
+    fingerprint: dict
+
+
+def load_labelled(data_dir, side, device, seed):
+    """The LabelledData of a folder.
+
+    val/ (or valid/) is the validation set, if there is one; else 16 % of the images of
+    every class are.
+    """
+    train_folder = data_dir / "train"
+    if not train_folder.is_dir():
+        explain_missing(train_folder, "labelled images are read from there")
+    val_folder = validation_folder(data_dir)
+    note_unused_folders(data_dir)
+
+    files, labels, folders = labelled_files(train_folder)
+    train_count = len(files)
+    if len(folders) < 2:
+        raise UserError(
+            f"{train_folder} holds no images, or images of one class only",
+            "add images of two or more classes, each in a folder, or run "
+            "stl10_data_load.py first",
+        )
+    if val_folder:
+        val_files, val_labels, _ = labelled_files(val_folder, folders)
+        if not val_files:
+            raise UserError(
+                f"{val_folder} holds no images of a class",
+                "remove it, or add images",
+            )
+        files += val_files
+        labels += val_labels
+
+    labels = np.array(labels)
+    images, fingerprint = load_images(files, side, device, train_folder.name)
+    fingerprint["checksum"] = zlib.crc32(labels, fingerprint["checksum"])
+    labels = torch.from_numpy(labels).to(device)
+    if val_folder:
+        train = torch.arange(train_count, device=device)
+        val = torch.arange(train_count, len(files), device=device)
+        print(f"validation images are those of {val_folder}")
+    else:
+        train, val = stratified_split(labels, seed, train_folder, folders)
+    names = [file.relative_to(data_dir).as_posix() for file in files]
+    return LabelledData(images, labels, train, val, folders, names, fingerprint)
+
+
+def load_test(data_dir, side, device, folders):
+    """(LabelledImages of data_dir/test, a checksum); empty and 0 without any images.
+
+    folders: the names of the classes' folders.
+    """
+    folder = data_dir / "test"
+    files = []
+    labels = []
+    if folder.is_dir():
+        files, labels, present = labelled_files(folder, folders)
+        absent = [name for name in folders if name not in present]
+        if not files:
+            print(f"note: {folder} has no folders of classes with images: no test")
+        elif absent:
+            print(
+                f"note: {folder} has no images of {list_names(absent)}: their test "
+                "accuracy is not measured"
+            )
+    if not files:
+        images = torch.empty((0, 3, side, side), dtype=torch.uint8, device=device)
+        labels = torch.empty(0, dtype=torch.int64, device=device)
+        return LabelledImages(images, labels), 0
+    labels = np.array(labels)
+    images, fingerprint = load_images(files, side, device, folder.name)
+    checksum = zlib.crc32(labels, fingerprint["checksum"])
+    return LabelledImages(images, torch.from_numpy(labels).to(device)), checksum
+
+
+def labelled_files(folder, classes=None):
+    """(files, labels, class names) of the images <folder>/<class>/…/<image>.
 
     Classes are in natural order; classes: the names that these must be among. Images
     are in the order of their file names, whatever their class: STL-10's keep the order
-    of the release, which its folds refer to. Returns (images uint8 [N, 3, side, side],
-    labels int64 [N], class names, checksum).
+    of the release, which its folds refer to. Names are compared in Unicode's composed
+    form, since macOS decomposes accents.
     """
-    entries = []
-    if folder.is_dir():
-        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    names = sorted((path.name for path in entries if path.is_dir()), key=natural_key)
-    if len(names) < len(entries):
-        stray = len(entries) - len(names)
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    class_folders = [path for path in entries if path.is_dir()]
+    class_folders.sort(key=lambda path: natural_key(path.name))
+    if len(class_folders) < len(entries):
+        stray = len(entries) - len(class_folders)
         print(f"note: {stray} files in {folder} are in no class and are not used")
 
     files_of = {}
-    for name in names:
-        files = find_images(folder / name)
+    for class_folder in class_folders:
+        name = unicodedata.normalize("NFC", class_folder.name)
+        files = find_images(class_folder)
         if files:
-            files_of[name] = files
+            files_of.setdefault(name, []).extend(files)
         else:
-            print(f"note: {folder / name} holds no images and is left out")
+            print(f"note: {class_folder} holds no images and is left out")
     if classes is None:
         classes = list(files_of)
     for name in files_of:
@@ -354,24 +443,44 @@ def load_labelled(folder, side, device, classes=None):
                 f"{folder / name} is a class without training images",
                 "remove it, or add some",
             )
-    if len(classes) < 2 or not files_of:
-        raise UserError(
-            f"{folder} holds no images, or images of one class only",
-            "add images of two or more classes, each in a folder, or run "
-            "stl10_data_load.py first",
-        )
 
-    labelled_files = []
+    pairs = []
     for name, files in files_of.items():
         label = classes.index(name)
-        labelled_files += [(file, label) for file in files]
-    labelled_files.sort(key=lambda pair: (natural_key(pair[0].name), pair[1]))
-    files = [file for file, _ in labelled_files]
-    labels = np.array([label for _, label in labelled_files])
+        pairs += [(file, label) for file in files]
+    pairs.sort(key=lambda pair: (natural_key(pair[0].name), pair[1]))
+    files = [file for file, _ in pairs]
+    labels = [label for _, label in pairs]
+    return files, labels, list(files_of)
 
-    images, checksum = load_images(files, side, device, folder.name)
-    checksum = zlib.crc32(labels, checksum)
-    return images, torch.from_numpy(labels).to(device), classes, checksum
+
+def validation_folder(data_dir):
+    """data_dir/val or data_dir/valid, or None where there is neither."""
+    folders = [data_dir / name for name in ("val", "valid")]
+    present = [folder for folder in folders if folder.is_dir()]
+    if len(present) > 1:
+        raise UserError(
+            f"there are both {present[0]} and {present[1]}",
+            "remove one of them",
+        )
+    return present[0] if present else None
+
+
+def note_unused_folders(data_dir):
+    """Say which folders are not read, in case one of them should be."""
+    read = {"train", "val", "valid", "test", "unlabelled", "unlabeled"}
+    unused = []
+    for path in data_dir.iterdir():
+        if path.is_dir() and path.name not in read and not path.name.startswith("."):
+            unused.append(f"{path.name}/")
+    if unused:
+        print(f"note: {list_names(sorted(unused))} in {data_dir} will not be read")
+
+
+def list_names(names):
+    """The names as text, at most five of them."""
+    text = ", ".join(names[:5])
+    return f"{text} and {len(names) - 5} more" if len(names) > 5 else text
 
 
 def class_names(data_dir, folders):
@@ -391,24 +500,34 @@ def class_names(data_dir, folders):
 
 
 # ---- Splits --------------------------------------------------------------------------
-def stratified_split(labels, seed, folder):
+def stratified_split(labels, seed, folder, names):
     """(train, validation) indices, int64, of labels [N] int64.
 
-    Of every class, 84 % train and 16 % validate: 4,200 and 800 of 5,000. folder is
-    named in the error where there are too few images for that.
+    Of every class, 84 % train and 16 % validate, 4,200 and 800 of 5,000; of a class
+    with two images or more, at least one validates. folder and names, those of the
+    classes, are for messages.
     """
     generator = make_generator("cpu", seed, SPLIT)
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     validates = torch.zeros_like(labels, dtype=torch.bool)
-    for label in labels.unique():
+    without = []
+    for label in labels.unique().tolist():
         members = order[labels[order] == label]
-        train_count = len(members) - round(VALIDATION_SHARE * len(members))
-        validates[members[train_count:]] = True
+        count = max(1, round(VALIDATION_SHARE * len(members)))
+        if len(members) < 2:
+            without.append(names[label])
+        else:
+            validates[members[len(members) - count :]] = True
 
     if not validates.any():
         raise UserError(
-            f"{folder} has too few images per class to set 16 % aside for validation",
+            f"{folder} has one image per class, so none can be set aside to validate",
             "add some",
+        )
+    if without:
+        print(
+            f"note: {list_names(without)} in {folder} has one image only: it trains, "
+            "and validation says nothing of that class"
         )
     train = (~validates).nonzero().flatten()
     validation = validates.nonzero().flatten()

@@ -1,4 +1,7 @@
-"""Features of plain images, their batch-norm statistics, and k nearest neighbours."""
+"""Features of plain images, their batch-norm statistics, and k nearest neighbours.
+
+Plain: whole and unaugmented, as evaluation feeds them to the trunk.
+"""
 
 import copy
 import math
@@ -7,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
+import dataset_helpers
 from augmentations import normalize
-from progress import progress_bar
+from runtime.bars import progress_bar
+from runtime.errors import UserError
 
 EVALUATION_BATCH = 128  # images at a time, at most, where nothing is trained
+# How many training images the exported batch-norm statistics are computed on, at most.
+STATISTICS_IMAGES = 4096
 
 # Of the kNN classifier (Wu et al., arXiv:1805.01978, section 3.4).
 NEIGHBOURS = 20
@@ -20,10 +27,11 @@ KNN_TEMPERATURE = 0.07
 def with_plain_bn_statistics(trunk, images, batch_size):
     """A copy of the trunk with the batch-norm statistics of plain images, in eval mode.
 
-    images: uint8 [N, 3, S, S], whole and unaugmented, as evaluation feeds them.
+    images: uint8 [N, 3, S, S].
     """
     trunk = copy.deepcopy(trunk)
-    # All batches count alike in the mean, so they are of equal size, or one more.
+    # update_bn averages over batches, so a small last batch would weigh too much:
+    # tensor_split makes batches whose sizes differ by one at most.
     count = math.ceil(len(images) / min(batch_size, EVALUATION_BATCH))
     batches = images.tensor_split(count)
     update_bn((normalize(batch) for batch in batches), trunk)
@@ -67,12 +75,14 @@ def nearest_neighbours(features, queries, count):
 
 
 def knn_accuracy(features, labels, queries, query_labels):
-    """Accuracy of weighted k-nearest-neighbour classification, a float.
+    """Accuracy of weighted k-nearest-neighbour classification, None without queries.
 
     features [N, d] and labels [N] int64 are searched; queries [Q, d] with query_labels
     [Q] are classified by their NEIGHBOURS nearest (or all), each with the
     weight exp(cosine / KNN_TEMPERATURE).
     """
+    if len(queries) == 0:
+        return None
     cosines, indices = nearest_neighbours(features, queries, NEIGHBOURS)
     weights = (cosines / KNN_TEMPERATURE).exp()
 
@@ -80,3 +90,32 @@ def knn_accuracy(features, labels, queries, query_labels):
     votes = queries.new_zeros(len(queries), classes)
     votes.scatter_add_(1, labels[indices], weights)
     return (votes.argmax(1) == query_labels).float().mean().item()
+
+
+class KNNMonitor:
+    """kNN accuracy during pretraining, on the labelled images that do not train.
+
+    The images are split as for fine-tuning: kNN among the training images classifies
+    the validation images. No test image is read.
+    """
+
+    def __init__(self, args, device):
+        self.batch_size = args.batch_size
+        self.data = dataset_helpers.load_labelled(
+            args.data_dir, args.image_size, device, args.seed
+        )
+
+    def accuracy(self, trunk):
+        """kNN accuracy by a trunk in eval mode, a float."""
+        images, labels, train, val, *_ = self.data
+        features = trunk_features(trunk, images, self.batch_size)
+        return knn_accuracy(features[train], labels[train], features[val], labels[val])
+
+
+def make_monitor(args, device):
+    """A KNNMonitor; a note and None where there are no labelled images."""
+    try:
+        return KNNMonitor(args, device)
+    except UserError as error:
+        print(f"note: kNN accuracy will not be measured: {error}")
+        return None

@@ -11,8 +11,9 @@ from augmentations import (
     ColourJitter,
     box_transforms,
     crop_box,
+    sample,
 )
-from models import VECTOR_SIZE, linear_head
+from models import PatchHead
 
 GRID = 3
 CELLS = GRID * GRID
@@ -45,9 +46,11 @@ class Jigsaw(nn.Module):
         offset_uniforms = offset_uniforms.unflatten(1, (CELLS, 2))
         _, places = patch_places(offset_uniforms, order_uniforms, side)  # [B, 9, 2]
 
-        # Their boxes in the image itself: the crop is never made.
+        # Cropping, resizing and cutting are three boxes inside one another, so their
+        # product is a box of the image. The patches are sampled from there directly:
+        # one interpolation instead of two, and no crop in memory.
         crop_corner, crop_size = crop_box(crop_uniforms, side, PRETEXT_CROP_AREA)
-        scale = crop_size[:, None] / side  # [B, 1, 2]
+        scale = crop_size[:, None] / side  # pixels of the image per pixel of the crop
         corners = crop_corner[:, None] + places * scale  # [B, 9, 2]
         box_sizes = (patch * scale).expand_as(corners)
         transforms = box_transforms(corners, box_sizes, side)
@@ -55,24 +58,24 @@ class Jigsaw(nn.Module):
         patches = sample_patches(images, transforms, patch)  # [B·9, 3, P, P]
         return self.colour_jitter(patches, colour_uniforms.reshape(-1, COLOUR_UNIFORMS))
 
+    def crop_pictures(self, images, uniforms):
+        """For pictures.py: the crops, with white lines between their cells.
+
+        Arguments as of forward() -> [B, 3, S, S] in 0 … 1.
+        """
+        side = images.shape[-1]
+        corner, size = crop_box(uniforms[:, :CROP_UNIFORMS], side, PRETEXT_CROP_AREA)
+        crops = sample(images, box_transforms(corner, size, side), side) / 255
+
+        cell, _ = patch_sizes(side)
+        for line in range(cell, GRID * cell, cell):
+            crops[:, :, line - 1 : line + 1, :] = 1
+            crops[:, :, :, line - 1 : line + 1] = 1
+        return crops
+
     def make_head(self, dimension, non_linear):
-        return JigsawHead(dimension, non_linear)
-
-
-class JigsawHead(nn.Module):
-    """Head g: each patch to 128 numbers, the nine in presentation order, to 128.
-
-    (Paper, section 2.3.)
-    """
-
-    def __init__(self, dimension, non_linear):
-        super().__init__()
-        self.patch = nn.Linear(dimension, VECTOR_SIZE)
-        self.together = linear_head(CELLS * VECTOR_SIZE, non_linear)
-
-    def forward(self, features):  # [B, 9, d] -> [B, 128]
-        vectors = self.patch(features)  # [B, 9, 128]
-        return self.together(vectors.flatten(1))
+        """Head g: features [B, 9, d] -> [B, 128]."""
+        return PatchHead(dimension, CELLS, non_linear)
 
 
 def patch_sizes(side):
@@ -100,15 +103,16 @@ def patch_places(offset_uniforms, order_uniforms, side):
 
 
 def sample_patches(images, transforms, patch):
-    """images [B, 3, S, S], transforms [B, 9, 2, 3] -> [B·9, 3, P, P].
-
-    The nine patches of an image are sampled as one tall picture of them, so that no
-    image is copied nine times.
-    """
+    """images [B, 3, S, S], transforms [B, 9, 2, 3] -> [B·9, 3, P, P]."""
     count = len(images) * CELLS
     size = (count, 3, patch, patch)
     grids = F.affine_grid(transforms.flatten(0, 1), size, align_corners=False)
-    grids = grids.view(len(images), CELLS * patch, patch, 2)
-    stacked = F.grid_sample(images, grids, padding_mode="border", align_corners=False)
-    patches = stacked.unflatten(2, (CELLS, patch))  # [B, 3, 9, P, P]
+
+    # grid_sample takes one grid per image. So the nine grids of an image are put on top
+    # of one another as one tall grid of 9·P rows: no image is copied nine times.
+    tall_grids = grids.view(len(images), CELLS * patch, patch, 2)
+    tall = F.grid_sample(images, tall_grids, padding_mode="border", align_corners=False)
+
+    # And the tall pictures are cut into patches again.
+    patches = tall.unflatten(2, (CELLS, patch))  # [B, 3, 9, P, P]
     return patches.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The memory bank M of past image vectors (paper, section 2.2)."""
+"""The memory bank M of past image embeddings (paper, section 2.2)."""
 
 import torch
 import torch.nn.functional as F
@@ -23,33 +23,41 @@ class MemoryBank(nn.Module):
         self.train_count = train_count
         self.beta = beta
 
-    @torch.no_grad()
-    def update(self, index, image_vectors):
-        """m_i ← β·m_i + (1−β)·f(φ(I))/‖f(φ(I))‖, normalised again.
+    def draw(self, count, generator):
+        """The rows of a batch's negatives, int64 [count + 1], none of them twice.
 
-        index [B] int64, no row twice; image_vectors f(φ(I)) [B, 128], any float type.
-        """
-        f = F.normalize(image_vectors.float(), dim=1)
-        mixed = self.beta * self.vectors[index] + (1 - self.beta) * f
-        self.vectors.index_copy_(0, index, F.normalize(mixed, dim=1))
-
-    def draw_negatives(self, index, count, generator):
-        """`count` negatives for each image of a batch, none of them twice.
-
-        They are uniform over the other training images. One draw of count + 1 rows
-        serves the whole batch: an image whose own row was drawn does not see that row,
-        and any other image does not see the last row, so each has exactly `count`
-        negatives. (The paper draws for each image. For 128 images with 6,400 negatives,
-        420 MB of vectors would be copied in each step.)
-
-        index [B] int64. Returns (vectors [count + 1, 128],
-        excluded [B, count + 1] bool: True where a vector is no negative of that image).
+        They are uniform over the training images. There is one more than each image
+        is to have: see negatives().
         """
         order = torch.randperm(
             self.train_count, generator=generator, device=self.vectors.device
         )
-        rows = order[: count + 1]
-        excluded = rows == index[:, None]  # [B, count + 1]
-        own_row_drawn = excluded.any(1)
-        excluded[:, -1] |= ~own_row_drawn
-        return self.vectors[rows], excluded
+        return order[: count + 1]
+
+    def negatives(self, rows, index):
+        """The drawn rows [K + 1] as negatives of the images `index` [B], K for each.
+
+        One draw serves the whole batch. An image whose own row was drawn does not see
+        that row; any other image does not see the last one. So each image sees exactly
+        K, uniform over the other training images. (The paper draws for each image. For
+        128 images with 6,400 negatives, 420 MB of vectors would be copied in each
+        step.)
+
+        Returns (vectors [K + 1, 128], mask [B, K + 1] bool: True where a vector is not
+        a negative of that image).
+        """
+        mask = rows == index[:, None]  # [B, K + 1]
+        own_row_drawn = mask.any(1)
+        mask[:, -1] |= ~own_row_drawn
+        return self.vectors[rows], mask
+
+    @torch.no_grad()
+    def update(self, index, image_embeddings):
+        """m_i ← β·m_i + (1−β)·f(φ(I))/‖f(φ(I))‖, normalised again.
+
+        index [B] int64, no row twice; image_embeddings f(φ(I)) [B, 128], any float
+        type.
+        """
+        f = F.normalize(image_embeddings.float(), dim=1)
+        mixed = self.beta * self.vectors[index] + (1 - self.beta) * f
+        self.vectors.index_copy_(0, index, F.normalize(mixed, dim=1))

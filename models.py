@@ -8,42 +8,78 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
+from runtime.weights import architecture_of, load_weights
+
 TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
-# Numbers in an output of the heads and in a row of the memory bank (paper, section
-# 2.3).
-VECTOR_SIZE = 128
+# Numbers in an embedding: in an output of the heads, and in a row of the memory bank
+# (paper, section 2.3).
+EMBEDDING_SIZE = 128
 
 
 # ---- The trunk -----------------------------------------------------------------------
+def make_trunk(model_type, stem="imagenet", zero_init=True):
+    """torchvision's ResNet without its last layer: float [B, 3, H, W] -> [B, d].
+
+    stem "small": the first convolution is 3 × 3 with stride 1, for small images, at
+    four times the work. zero_init: every residual block starts as the identity, with a
+    zero-initialised last batch norm (Goyal et al., arXiv:1706.02677, section 5.1).
+    Returns (trunk, d), where d is 512, or 2048 for res50.
+    """
+    trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
+    dimension = trunk.fc.in_features
+    trunk.fc = nn.Identity()
+
+    if stem == "small":
+        trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        # As torchvision initialises its convolutions.
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return trunk, dimension
+
+
+def speed_up_small_maps(trunk):
+    """Let a trunk's convolutions compute maps of 1 × 1 and 2 × 2 as linear layers.
+
+    For training on CPUs; the parameters and the state dict stay as they are. Returns
+    the trunk.
+    """
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            shape = (module.kernel_size, module.padding)
+            if shape in (((1, 1), (0, 0)), ((3, 3), (1, 1))):
+                SmallMapConv2d.adopt(module)
+    return trunk
+
+
 class SmallMapConv2d(nn.Conv2d):
     """A convolution that, on CPUs, computes maps of 1 × 1 and 2 × 2 as a linear layer.
 
     Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution
-    multiplies mostly zeros. Here only the taps that touch the map count: the same
-    function of the weights, up to 9 times less work. For kernels of 3 × 3 with padding
-    1 and of 1 × 1 without, and without a bias. On GPUs it is torch's own convolution:
-    launching kernels takes the time there, and this needs more of them.
+    multiplies mostly zeros. Here only the weights that meet a pixel of the map count:
+    the same function, up to 9 times less work. For kernels of 3 × 3 with padding 1 and
+    of 1 × 1 without, and without a bias. On GPUs it is torch's own convolution: GPUs
+    are bound by launch overhead there, and this launches more kernels.
     """
 
     @staticmethod
     def adopt(convolution):
-        """Give an nn.Conv2d this forward; its parameters and state dict stay."""
+        """Give an nn.Conv2d this forward."""
         convolution.__class__ = SmallMapConv2d
         if convolution.kernel_size == (1, 1):
-            return convolution  # it needs no taps
-        # On a 2 × 2 map, the output at (a, b) sees the pixel (row, column) through the
-        # tap (row − a + 1, column − b + 1) of the 3 × 3 kernel. The output at (0, 0),
-        # for example, sees the four pixels through the taps 4, 5, 7 and 8, counted by
-        # rows.
+            return
+
+        # Which of the nine weights of a 3 × 3 kernel ("taps", numbered 0 to 8 by rows)
+        # an output multiplies with which pixel of a 2 × 2 map. The kernel's middle, tap
+        # 4, lies on the output's own place (a, b), so the pixel (row, column) meets the
+        # tap that is row − a rows and column − b columns from the middle. For example,
+        # the output at (0, 0) meets the four pixels through the taps 4, 5, 7 and 8.
         taps = []
         outputs = range(0, 2, convolution.stride[0])
         for a in outputs:
             for b in outputs:
                 for row in (0, 1):
                     for column in (0, 1):
-                        taps.append(3 * (row - a + 1) + column - b + 1)
+                        taps.append(4 + 3 * (row - a) + (column - b))
         convolution.register_buffer("taps", torch.tensor(taps), persistent=False)
-        return convolution
 
     def forward(self, x):  # [B, in, S, S] -> [B, out, S', S'], S' = ⌈S / stride⌉
         height, width = x.shape[2:]
@@ -70,39 +106,30 @@ class SmallMapConv2d(nn.Conv2d):
         return y.contiguous(memory_format=torch.channels_last)
 
 
-def make_trunk(model_type, stem="imagenet", zero_init=True):
-    """torchvision's ResNet without its last layer: float [B, 3, H, W] -> [B, d].
-
-    stem "small": the first convolution is 3 × 3 with stride 1, for small images, at
-    four times the work. zero_init: every residual block starts as the identity, with a
-    zero-initialised last batch norm (Goyal et al., arXiv:1706.02677, section 5.1).
-    Returns (trunk, d), where d is 512, or 2048 for res50.
-    """
-    trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
-    dimension = trunk.fc.in_features
-    trunk.fc = nn.Identity()
-
-    if stem == "small":
-        trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        # As torchvision initialises its convolutions.
-        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
-
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            shape = (module.kernel_size, module.padding)
-            if shape in (((1, 1), (0, 0)), ((3, 3), (1, 1))):
-                SmallMapConv2d.adopt(module)
-    return trunk, dimension
-
-
 # ---- PIRL ----------------------------------------------------------------------------
 def linear_head(in_features, non_linear):
     """The linear layer that ends a head; non_linear: a ReLU and another one follow."""
-    layers = [nn.Linear(in_features, VECTOR_SIZE)]
+    layers = [nn.Linear(in_features, EMBEDDING_SIZE)]
     if non_linear:
         layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.Linear(VECTOR_SIZE, VECTOR_SIZE))
+        layers.append(nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE))
     return nn.Sequential(*layers)
+
+
+class PatchHead(nn.Module):
+    """Head g of the jigsaw: each of n patches to 128 numbers, all together to 128.
+
+    The patches are in the order of presentation (paper, section 2.3).
+    """
+
+    def __init__(self, dimension, patches, non_linear):
+        super().__init__()
+        self.patch = nn.Linear(dimension, EMBEDDING_SIZE)
+        self.together = linear_head(patches * EMBEDDING_SIZE, non_linear)
+
+    def forward(self, features):  # [B, n, d] -> [B, 128]
+        embeddings = self.patch(features)  # [B, n, 128]
+        return self.together(embeddings.flatten(1))
 
 
 class PIRL(nn.Module):
@@ -121,23 +148,23 @@ class PIRL(nn.Module):
         images [B, 3, S, S]; pretext_inputs [B·n, 3, P, P]: the n network inputs of an
         image's pretext view one after another, nine patches for the jigsaw.
         """
-        image_vectors = self.head_f(self.trunk(images))  # [B, 128]
+        image_embeddings = self.head_f(self.trunk(images))  # [B, 128]
         with self.batch_statistics():
             features = self.trunk(pretext_inputs)  # [B·n, d]
         features = features.unflatten(0, (len(images), -1))  # [B, n, d]
-        return image_vectors, self.head_g(features)
+        return image_embeddings, self.head_g(features)
 
     @contextlib.contextmanager
     def batch_statistics(self):
-        """Inside, batch norm uses the batch's own statistics, in eval mode too.
+        """Inside, batch norm uses the batch's own statistics, and keeps no record.
 
-        The running statistics are left alone: they are those of whole images, by which
-        validation runs. Those of patches are quite different.
+        So it is in validation, too. The running statistics are those of whole images,
+        which evaluation feeds the trunk; those of patches are quite different.
         """
         training = self.trunk.training
         for norm in self.norms:
-            norm.training = True  # takes the batch's statistics
-            norm.track_running_stats = False  # and keeps no record of them
+            norm.training = True  # normalise by the batch's statistics …
+            norm.track_running_stats = False  # … and do not update the running ones
         try:
             yield
         finally:
@@ -147,7 +174,28 @@ class PIRL(nn.Module):
 
 
 # ---- The classifier ------------------------------------------------------------------
-def make_classifier(trunk, dimension, classes):
-    """The trunk with one softmax layer on top: images [B, 3, S, S] -> [B, classes]."""
-    softmax_layer = nn.Linear(dimension, classes)
+def as_classifier(trunk, softmax_layer):
+    """The trunk with a softmax layer on top: images [B, 3, S, S] -> [B, classes]."""
     return nn.Sequential(OrderedDict(trunk=trunk, softmax_layer=softmax_layer))
+
+
+def load_network(path, weights):
+    """(trunk, softmax layer or None) with what read_weights() found in `path`.
+
+    The trunk is plain torchvision.
+    """
+    architecture = architecture_of(path, weights)
+    trunk, dimension = make_trunk(architecture.model_type, architecture.stem)
+    modules = {"trunk": trunk}
+    if weights["from_checkpoint"]:
+        print(
+            f"note: {path} is a checkpoint: the finished model, a .pt file, has the "
+            "batch-norm statistics of whole images, which give better features"
+        )
+
+    softmax_layer = None
+    if "softmax_layer" in weights:
+        softmax_layer = nn.Linear(dimension, len(weights["classes"]))
+        modules["softmax_layer"] = softmax_layer
+    load_weights(modules, weights, path)
+    return trunk, softmax_layer

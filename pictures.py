@@ -15,24 +15,18 @@ from torch.nn.functional import interpolate, pad
 from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
 from torchvision.utils import make_grid
 
-from augmentations import (
-    COLOUR_STRENGTH,
-    CROP_UNIFORMS,
-    box_transforms,
-    crop_box,
-    sample,
-    unnormalize,
-)
-from checkpoints import atomic_write
+from augmentations import COLOUR_STRENGTH, unnormalize
 from dataset_helpers import STL10_SIDE, list_images, load_images, unlabelled_folder
-from jigsaw import GRID, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
 from pretexts import PRETEXTS
-from rotation import JigsawRotation, quarter_turns
-from run_helpers import VIEWS, Parser, bounded, file_path, make_generator, run_script
+from runtime.arguments import Parser, bounded, file_path, output_file
+from runtime.files import atomic_write
+from runtime.randomness import VIEWS, make_generator
+from runtime.script import run_script
 
 GREEN = (44, 160, 44)
 RED = (214, 39, 40)
 BLUE = (31, 119, 180)
+GRAY = (160, 160, 160)
 
 TILE = 64  # side of a small photograph, in pixels
 FRAME = 4  # width of the frame around it, and of the gap to the next one
@@ -44,19 +38,22 @@ MARGIN = 12
 
 
 def parse_args(argv=None):
-    parser = Parser("Draw what the network sees of some images in pretraining.")
+    parser = Parser(
+        "Draw what the network sees of some images in pretraining.",
+        example="python pictures.py --data-dir stl10_data --out jigsaw.png",
+    )
     add = parser.add_argument
     # fmt: off
-    add("--data-dir", type=file_path, default=Path("stl10_data"),
-        help="the folder with the folder unlabelled")
+    add("--data-dir", type=file_path, default=Path("stl10_data"), metavar="PATH",
+        help="folder with the folder unlabelled")
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
-        help="the pretext task")
-    add("--out", type=file_path,
-        help="the PNG picture to write; defaults to <pretext>.png")
-    add("--images", type=bounded(int, 1, 100), default=4,
-        help="how many images to show")
-    add("--seed", type=bounded(int, 0, 2**32 - 1), default=0,
-        help="the seed of the crops, colours, turns and orders")
+        help="pretext task")
+    add("--out", type=output_file, metavar="PATH",
+        help="PNG picture to write; by default <pretext>.png")
+    add("--images", type=bounded(int, 1, 100), default=4, metavar="N",
+        help="how many images to show, 1 to 100")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="seed of the crops, colours, turns and orders")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -92,8 +89,8 @@ def save_picture(image, path):
 def pretext_picture(images, pretext, uniforms):
     """Every image beside what the network sees of it, two images in a row.
 
-    The jigsaws have a column between: the crop with its grid, of the turned image where
-    the task turns it. An image's inputs, if they are several, are one picture together.
+    A task that has crop_pictures() gets a column between: the jigsaws show the crop with
+    its grid there. An image's inputs, if they are several, are one picture together.
 
     images: float32 [B, 3, S, S] in 0 … 255. pretext: a module that turns them and
     uniforms [B, pretext.uniforms] into inputs [B · pretext.inputs_per_image, 3, P, P].
@@ -101,11 +98,8 @@ def pretext_picture(images, pretext, uniforms):
     """
     side = images.shape[-1]
     columns = [images / 255]
-    if isinstance(pretext, JigsawRotation):
-        turned = quarter_turns(images, uniforms[:, 0])
-        columns.append(crops_with_grid(turned, uniforms[:, 1:]))
-    elif isinstance(pretext, Jigsaw):
-        columns.append(crops_with_grid(images, uniforms))
+    if hasattr(pretext, "crop_pictures"):
+        columns.append(pretext.crop_pictures(images, uniforms))
 
     inputs = unnormalize(pretext(images, uniforms)).clamp(0, 1)
     if pretext.inputs_per_image > 1:
@@ -120,22 +114,6 @@ def pretext_picture(images, pretext, uniforms):
     cells_per_row = images_per_row * len(columns)
     sheet = make_grid(cells.flatten(0, 1), cells_per_row, padding=8, pad_value=1)
     return to_pil_image(sheet)
-
-
-def crops_with_grid(images, uniforms):
-    """The crops that the jigsaw cuts into patches, with white lines between the cells.
-
-    images [B, 3, S, S] in 0 … 255 -> [B, 3, S, S] in 0 … 1.
-    """
-    side = images.shape[-1]
-    corner, size = crop_box(uniforms[:, :CROP_UNIFORMS], side, PRETEXT_CROP_AREA)
-    crops = sample(images, box_transforms(corner, size, side), side) / 255
-
-    cell, _ = patch_sizes(side)
-    for line in range(cell, GRID * cell, cell):
-        crops[:, :, line - 1 : line + 1, :] = 1
-        crops[:, :, :, line - 1 : line + 1] = 1
-    return crops
 
 
 def mosaics(inputs, count, gap):
@@ -156,46 +134,44 @@ def mosaics(inputs, count, gap):
 
 
 # ---- Nearest neighbours --------------------------------------------------------------
-def neighbour_picture(queries, query_labels, found, found_labels, names):
-    """A row per query: the image, then its nearest images, each with its class on it.
+def neighbour_picture(queries, found, query_texts, found_texts, same_class=None):
+    """A row per query: the image, then its nearest images, each with a text on it.
 
-    The frame of a neighbour is green if it is of the query's class, else red.
-
-    queries uint8 [Q, 3, S, S], query_labels [Q], found uint8 [Q, k, 3, S, S],
-    found_labels [Q, k]. Returns a Pillow image.
+    queries uint8 [Q, 3, S, S], found uint8 [Q, k, 3, S, S]; query_texts: Q texts,
+    found_texts: Q lists of k. same_class bool [Q, k]: a found image has a green frame
+    if it is of the query's class, else a red one; None: gray ones. Returns a Pillow
+    image.
     """
     images = torch.cat([queries[:, None], found], 1).cpu()  # [Q, 1 + k, 3, S, S]
-    labels = torch.cat([query_labels[:, None], found_labels], 1).cpu()  # [Q, 1 + k]
-    columns = labels.shape[1]
+    rows, columns = images.shape[:2]
 
     # A cell is the photograph, the frame around it, and a gap on the right and below.
     framed = TILE + 2 * FRAME
     side = framed + FRAME
-    cells = torch.full((*labels.shape, 3, side, side), 255, dtype=torch.uint8)
-    same_class = labels[:, 1:] == labels[:, :1]
-    frames = torch.where(
-        same_class[..., None],
-        torch.tensor(GREEN, dtype=torch.uint8),
-        torch.tensor(RED, dtype=torch.uint8),
-    )  # [Q, k, 3]
-    cells[:, 1:, :, :framed, :framed] = frames[..., None, None]
+    cells = torch.full((rows, columns, 3, side, side), 255, dtype=torch.uint8)
+    colours = torch.tensor(GRAY, dtype=torch.uint8).expand(rows, columns - 1, 3)
+    if same_class is not None:
+        colours = torch.where(
+            same_class.cpu()[..., None],
+            torch.tensor(GREEN, dtype=torch.uint8),
+            torch.tensor(RED, dtype=torch.uint8),
+        )  # [Q, k, 3]
+    cells[:, 1:, :, :framed, :framed] = colours[..., None, None]
     inside = slice(FRAME, FRAME + TILE)
     tiles = resize(images.flatten(0, 1), [TILE, TILE], InterpolationMode.BICUBIC)
-    cells[..., inside, inside] = tiles.unflatten(0, labels.shape)
+    cells[..., inside, inside] = tiles.unflatten(0, (rows, columns))
     picture = to_pil_image(make_grid(cells.flatten(0, 1), columns, padding=0))
 
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(10)
-    shown_names = drawable_names(names)
-    for row, labels_of_row in enumerate(labels.tolist()):
-        for column, label in enumerate(labels_of_row):
+    for row in range(rows):
+        for column, text in enumerate([query_texts[row], *found_texts[row]]):
             x = column * side + FRAME + 3
             y = row * side + TILE
-            text = shorten(shown_names[label], font, TILE - 6)
             # White with a black outline can be read on any photograph.
             draw.text(
                 (x, y),
-                text,
+                shorten(text, font, TILE - 6),
                 "white",
                 font=font,
                 anchor="ls",

@@ -1,15 +1,11 @@
 """Pretrain a ResNet without labels by PIRL (Misra & van der Maaten, arXiv:1912.01991).
 
-python pirl_stl_train_test.py --model-type res18 --batch-size 128 --lr 0.1 \\
-    --experiment-name exp
+python pirl_stl_train_test.py --only-train True --experiment-name exp
 """
 
 import math
-import os
-import shutil
-import sysconfig
 import warnings
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,132 +15,147 @@ import augmentations
 import dataset_helpers
 import evaluation
 import models
-from checkpoints import (
-    CHANGEABLE,
-    Experiment,
-    TrainingState,
-    load_weights,
-    read_weights,
-    shared_settings,
-)
+from losses import pirl_loss, pretext_correct
 from memory_bank import MemoryBank
 from pretexts import PRETEXTS
-from progress import LoopControl, progress_bar
-from run_helpers import (
+from runtime.arguments import (
+    Parser,
+    add_file_arguments,
+    add_machine_arguments,
+    add_run_arguments,
+    add_trunk_arguments,
+    bool_flag,
+    bounded,
+    non_empty,
+)
+from runtime.bars import progress_bar
+from runtime.captured import CapturedFunction
+from runtime.devices import (
+    autocast,
+    check_compiler,
+    choose_device,
+    choose_precision,
+    make_optimizer,
+    make_scaler,
+    optimizer_step,
+    restore_optimizer,
+)
+from runtime.errors import UserError
+from runtime.experiment import CHANGEABLE, Experiment, TrainingState, shared_settings
+from runtime.loop import LoopControl
+from runtime.randomness import (
     BANK,
     INITIAL_WEIGHTS,
     NEGATIVES,
     ORDER,
-    RANK,
-    RANKS,
     VIEWS,
-    Parser,
-    UserError,
-    add_run_arguments,
-    autocast,
-    bool_flag,
-    bounded,
-    choose_device,
-    choose_precision,
-    compare_ranks,
     derived_seed,
-    gather_rows,
-    join_ranks,
     make_generator,
-    make_optimizer,
-    make_scaler,
-    non_empty,
-    run_script,
-    to_device,
 )
+from runtime.ranks import RANK, WORLD_SIZE, compare_ranks, gather_rows, init_distributed
+from runtime.script import run_script
+from runtime.weights import load_weights, read_weights
 
 DEFAULT_NEGATIVES = 6400
-# How many training images the exported batch-norm statistics are computed on, at most.
-STATISTICS_IMAGES = 4096
 # The gradient's norm is above 10 at first. Clipped, the first steps are of about the
 # same length whatever the loss is.
 MAX_GRADIENT_NORM = 2.0
+# What a resumed run may change beside what both scripts allow.
+CHANGEABLE_HERE = {
+    "epochs",
+    "knn_every",
+    "tensorboard",
+    "compile",
+    "cuda_graph",
+    "tmax_for_cos_decay",
+}
+DIVERGED = (
+    "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
+)
 
 
 def make_parser():
-    parser = Parser("Pretrain a ResNet without labels by PIRL on the images of STL-10.")
-    add_run_arguments(parser, experiment="e1_resnet18_")
+    parser = Parser(
+        "Pretrain a ResNet without labels by PIRL, on the images in\n"
+        "<data-dir>/unlabelled/.",
+        example="python pirl_stl_train_test.py --only-train True --experiment-name exp",
+    )
+    add_run_arguments(
+        parser,
+        name="e1_pirl_",
+        epochs_help="passes over the training images",
+        lr=0.2,
+        lr_help="peak learning rate of SGD with momentum 0.9",
+    )
     # fmt: off
     add = parser.add_argument_group("images").add_argument
     add("--only-train", **bool_flag(False),
-        help="whether to train on all unlabelled images instead of 70 %%")
-    add("--image-size", type=bounded(int, 36, 224), default=96,
-        help="images are resized and cropped to this side length in pixels")
+        help="train on all unlabelled images instead of 70 %%, without validation")
     add("--crop-area", type=bounded(float, 0.01, 1), default=augmentations.CROP_AREA[0],
-        help="smallest crop of the image view, as a fraction of the image's area")
-    add("--colour-strength", type=bounded(float, 0, 2),
+        metavar="X",
+        help="smallest crop of the image view, as a fraction of the area, 0.01 to 1")
+    add("--colour-strength", type=bounded(float, 0, 2), metavar="X",
         default=augmentations.COLOUR_STRENGTH,
-        help="strength of the colour jitter, 0 for none")
+        help="strength of the colour jitter, 0 (none) to 2")
     add("--images-on", choices=["auto", "device", "host"], default="auto",
         help="where the images are kept; auto: on the device if they fit there")
 
-    add = parser.add_argument_group("network").add_argument
-    add("--model-type", choices=[*models.TRUNKS], default="res18",
-        help="the trunk: ResNet-18, -34 or -50")
-    add("--stem", choices=["imagenet", "small"], default="imagenet",
-        help="small: a first convolution of stride 1")
-    add("--zero-init", **bool_flag(True),
-        help="whether every residual block starts as the identity"
-             " (zero-initialised last batch norm)")
-    add("--non-linear-head", **bool_flag(False),
-        help="whether a ReLU and another linear layer follow each head")
-    add("--compile", **bool_flag(False),
-        help="whether to use torch.compile for the trunk and the augmentations")
+    add_trunk_arguments(parser, [*models.TRUNKS], from_weights=False)
 
-    add = parser.add_argument_group("loss").add_argument
+    add = parser.add_argument_group("pretext task and loss").add_argument
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
-        help="the pretext task")
+        help="pretext task")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
         help="nce is the paper's equation 4")
     add("--positive", choices=["bank", "pair"], default="bank",
         help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
-    add("--loss-weight", type=bounded(float, 0, 1), default=0.5,
-        help="λ: the weight of the pretext term")
-    add("--temp-parameter", type=bounded(float, 0.01, 100), default=0.07,
-        help="τ: the temperature")
-    add("--count-negatives", type=bounded(int, 1),
-        help=f"K: negatives from the bank; defaults to {DEFAULT_NEGATIVES},"
-             " or to all if there are fewer")
+    add("--loss-weight", type=bounded(float, 0, 1), default=0.5, metavar="X",
+        help="λ: weight of the pretext term, 0 to 1")
+    add("--temp-parameter", type=bounded(float, 0.01, 100), default=0.07, metavar="X",
+        help="τ: temperature, 0.01 to 100")
+    add("--count-negatives", type=bounded(int, 1), metavar="N",
+        help=f"K: negatives from the bank; by default {DEFAULT_NEGATIVES},"
+             " or all other images if there are fewer")
     add("--batch-negatives", **bool_flag(True),
-        help="whether the f(φ(I)) of the batch's other images are negatives too")
-    add("--beta", type=bounded(float, 0, 0.999), default=0.5,
-        help="β: the weight of the past in the memory bank")
+        help="use the new f(φ(I)) of the batch's other images as negatives, too")
+    add("--beta", type=bounded(float, 0, 0.999), default=0.5, metavar="X",
+        help="β: weight of the past in the memory bank, 0 to 0.999")
+    add("--non-linear-head", **bool_flag(False),
+        help="add a ReLU and another linear layer to each head")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--batch-size", type=bounded(int, 1), default=128,
-        help="the global batch size: images per step, of all ranks together")
-    add("--epochs", type=bounded(int, 1), default=100,
-        help="passes over the training images")
-    add("--lr", type=bounded(float, 0, 100), default=0.2,
-        help="peak learning rate of SGD with momentum 0.9")
-    add("--warmup-steps", type=bounded(int, 0), default=100,
+    add = parser.add_argument_group("learning rate and monitoring").add_argument
+    add("--warmup-steps", type=bounded(int, 0), default=100, metavar="N",
         help="steps in which the learning rate rises from 0")
-    add("--tmax-for-cos-decay", type=bounded(int, 1),
-        help="epochs until the learning rate reaches 0; defaults to --epochs")
-    add("--weight-decay", type=bounded(float, 0, 1), default=5e-4,
-        help="weight decay of all weights")
-    add("--knn-every", type=bounded(int, 0), default=5,
+    add("--tmax-for-cos-decay", type=bounded(int, 1), metavar="N",
+        help="epochs until the learning rate reaches 0; by default --epochs")
+    add("--knn-every", type=bounded(int, 0), default=5, metavar="N",
         help="epochs between measurements of kNN accuracy, 0 for none")
     add("--tensorboard", **bool_flag(False),
-        help="whether to write a TensorBoard log too")
+        help="write a TensorBoard log, too")
+
+    add = add_machine_arguments(parser).add_argument
+    add("--compile", **bool_flag(False),
+        help="use torch.compile for the trunk and the augmentations")
+    add("--cuda-graph", **bool_flag(False),
+        help="launch each step as one CUDA graph, on one GPU without --compile;"
+             " not yet tried on a GPU")
+
+    add_file_arguments(parser)
+
+    add = parser.add_argument_group("start from other weights").add_argument
+    add("--pirl-model-name", type=non_empty, metavar="NAME",
+        help="file of weights to start from, or a name in the weights folder")
     add("--warm-start", **bool_flag(False),
-        help="whether to start from --pirl-model-name, or from this experiment's"
-             " finished model")
-    add("--pirl-model-name", type=non_empty,
-        help="with --warm-start: a file of weights, or a name in the weights folder")
-    add("--cont-epoch", type=bounded(int, 1), default=1,
-        help="with --warm-start: the number of the first epoch")
+        help="start from --pirl-model-name, or, without it, from this experiment's own"
+             " finished model, whose files it then replaces")
+    add("--cont-epoch", type=bounded(int, 1), default=1, metavar="N",
+        help="with a warm start: number of the first epoch")
     # fmt: on
     return parser
 
 
 def main(argv=None):
-    # What is to be done. A resumed run takes its settings from its checkpoint.
+    # A resumed run takes its settings from its checkpoint.
     parser = make_parser()
     args = parser.parse_args(argv)
     experiment = Experiment(args, "PIRL checkpoint")
@@ -152,50 +163,55 @@ def main(argv=None):
     from_itself = args.warm_start and not args.pirl_model_name
     checkpoint = experiment.open_checkpoint(args.resume, may_replace=from_itself)
     if checkpoint:
-        changeable = CHANGEABLE | {
-            "epochs",
-            "knn_every",
-            "tensorboard",
-            "compile",
-            "tmax_for_cos_decay",
-        }
+        changeable = CHANGEABLE | CHANGEABLE_HERE
         args = experiment.restore_settings(parser, argv, args, checkpoint, changeable)
-    check_flags(parser, args)
+    check_before_loading(parser, args)
     device = choose_device(args)
     resolve_defaults(args, device)
-    join_ranks(device)
+    init_distributed(device)
     compare_ranks(shared_settings(args))
 
     # The images, then all that is trained on them.
-    images, train_count, checksum = dataset_helpers.load_unlabelled(args, device)
-    validate_args(args, train_count)
-    trainer = Pretraining(args, device, images, train_count)
+    images, train_count, fingerprint = dataset_helpers.load_unlabelled(
+        args, device, bytes_beside_pixels(args)
+    )
+    check_after_loading(args, train_count)
+    trainer = PretrainingTrainer(args, device, images, train_count)
     state = TrainingState(device)
 
-    def save():
-        experiment.save_checkpoint(args, checksum, trainer, state)
-
-    advice = (
-        "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
-    )
-    loop = LoopControl(trainer, state, experiment, save, "epoch", advice)
-
-    # Where the run begins.
+    # The weights that the run begins with.
     if checkpoint:
-        experiment.restore(checkpoint, checksum, trainer, state)
+        experiment.restore(checkpoint, fingerprint, trainer, state)
+        check_epochs_done(args, state)
     elif args.warm_start:
         warm_start(trainer, state, experiment)
+    compare_ranks({}, fingerprint, state.epoch, state.step)
+
+    def save():
+        experiment.save_checkpoint(args, fingerprint, trainer, state)
+
+    loop = LoopControl(
+        state,
+        trainer.model,
+        images_per_epoch=train_count,
+        batch_size=args.batch_size,
+        save=save,
+        checkpoint_file=experiment.checkpoint_file,
+        checkpoint_minutes=args.checkpoint_minutes,
+        title="epoch",
+        advice=DIVERGED,
+    )
+    if args.warm_start and not checkpoint:
         # An earlier run of this name may have left a checkpoint. If this run is killed
-        # before it writes its own, --resume must not go on with that one.
+        # before it writes its own, --resume must not continue with that one.
         loop.checkpoint()
-    compare_ranks({}, checksum, state.epoch, state.step)
 
     # Rank 0 alone measures kNN and writes TensorBoard's log.
-    labelled = None
+    monitor = None
     writer = None
     if RANK == 0:
         if args.knn_every:
-            labelled = load_monitor(args, device)
+            monitor = evaluation.make_monitor(args, device)
         if args.tensorboard:
             writer = tensorboard_writer(experiment, state.epoch)
     print_summary(trainer, state)
@@ -215,8 +231,8 @@ def main(argv=None):
 
             val_loss, val_accuracy = validate(trainer, uniforms, epoch)
             knn_accuracy = None
-            if labelled and (epoch % args.knn_every == 0 or epoch == args.epochs):
-                knn_accuracy = monitor_accuracy(trainer, labelled)
+            if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
+                knn_accuracy = monitor.accuracy(trainer.exported_trunk())
 
             metrics = {
                 "epoch": epoch,
@@ -237,89 +253,24 @@ def main(argv=None):
 
         loop.checkpoint()
         export(trainer, state, experiment)
+        # A signal that came during the export ends the process here.
         loop.after_export()
 
 
-# ---- The loss ------------------------------------------------------------------------
-def candidate_logits(u, w, negatives, excluded, temperature):
-    """[s(u, w), s(w, m_1), …, s(w, m_C)] / τ: w is to find u among the negatives.
-
-    u, w [B, 128] and negatives [C, 128] are unit vectors; excluded [B, C] is True where
-    a vector is no negative of that image: its logit is −∞. Returns [B, 1 + C].
-    """
-    positive = (u * w).sum(1, keepdim=True)  # [B, 1]
-    rivals = (w @ negatives.T).masked_fill(excluded, -math.inf)  # [B, C]
-    return torch.cat([positive, rivals], dim=1) / temperature
-
-
-def modified_nce(logits):
-    """−log h(u, w), h being a probability (equation 3). [B, 1 + C] -> [B]."""
-    return -F.log_softmax(logits, dim=1)[:, 0]
-
-
-def nce(logits):
-    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equation 4). [B, 1 + C] -> [B].
-
-    h(w, m_k) is the probability of column k, with the same denominator as h(u, w).
-    Simply written, this is −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1), but where
-    the largest h is near 1, its 1 − h would be lost to rounding.
-    """
-    log_h = F.log_softmax(logits, dim=1)
-    top = logits.argmax(1, keepdim=True)  # the column of the largest h, [B, 1]
-
-    # Of the largest, 1 − h is the probability of all other columns together.
-    other_logits = logits.scatter(1, top, -math.inf)
-    log_others = other_logits.logsumexp(1, keepdim=True)
-    log_not_top = log_others - logits.logsumexp(1, keepdim=True)  # [B, 1]
-
-    # Of the others, h is 1/2 at most. The column of the largest is filled in.
-    h = log_h.scatter(1, top, -math.inf).exp()
-    log_not_h = torch.log1p(-h).scatter(1, top, log_not_top)
-    # Column 0 is the positive, which has no such term.
-    return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
-
-
-def pirl_loss(image_vectors, pretext_vectors, memory, negatives, excluded, args):
-    """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 5).
-
-    image_vectors and pretext_vectors [B, 128]: what the heads f and g give; memory [B,
-    128]: the images' own rows of the bank; negatives [C, 128] and excluded [B, C]: see
-    candidate_logits(). Returns the loss of each image, float32 [B].
-    """
-    f = F.normalize(image_vectors.float(), dim=1)  # f(φ(I)),   [B, 128]
-    g = F.normalize(pretext_vectors.float(), dim=1)  # g(φ(I_t)), [B, 128]
-
-    # Both must find m_I among the negatives. --positive pair lets g find f instead.
-    # Stacked, both take one product with the negatives and one backward pass of it.
-    target = f if args.positive == "pair" else memory
-    logits = candidate_logits(
-        torch.cat([target, memory]),
-        torch.cat([g, f]),
-        negatives,
-        torch.cat([excluded, excluded]),
-        args.temp_parameter,
-    )  # [2·B, 1 + C]
-
-    criterion = nce if args.loss == "nce" else modified_nce
-    pretext_term, image_term = criterion(logits).chunk(2)
-    return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
-
-
-@torch.no_grad()
-def pretext_correct(pretext_vectors, memory, negatives, excluded):
-    """Whether m_I is more similar to g(φ(I_t)) than every negative from the bank is.
-
-    The share of such images is the pretext accuracy. A tie does not count, or vectors
-    that have collapsed into one would have 100 %. Shapes as in pirl_loss(); bool [B].
-    """
-    g = F.normalize(pretext_vectors.float(), dim=1)
-    similarity = (memory * g).sum(1)
-    rivals = (g @ negatives.T).masked_fill(excluded, -math.inf)
-    return similarity > rivals.amax(1) + 1e-5  # cosines are rounded by about 1e-7
-
-
 # ---- Training ------------------------------------------------------------------------
-class Pretraining:
+class Batch(NamedTuple):
+    """What a step computes with, all of it on the device.
+
+    Of several ranks, each has a share of b of the B images, b = B where there is one.
+    """
+
+    index: torch.Tensor  # int64 [B], the images of the whole batch
+    images: torch.Tensor  # uint8 [b, 3, S, S], those of this rank's share
+    uniforms: torch.Tensor  # float32 [b, U], the random numbers of their views
+    drawn: torch.Tensor  # int64 [K + 1], rows of the bank: the negatives
+
+
+class PretrainingTrainer:
     """Network, optimiser and memory bank, and a step of training with them."""
 
     def __init__(self, args, device, images, train_count):
@@ -343,21 +294,25 @@ class Pretraining:
 
         torch.manual_seed(derived_seed(args.seed, INITIAL_WEIGHTS))
         trunk, dimension = models.make_trunk(args.model_type, args.stem, args.zero_init)
+        models.speed_up_small_maps(trunk)
         head_f = models.linear_head(dimension, args.non_linear_head)
         head_g = self.pretext.make_head(dimension, args.non_linear_head)
         self.model = models.PIRL(trunk, head_f, head_g)
         self.model.to(device, memory_format=torch.channels_last)
 
-        self.network = self.model
-        if RANKS > 1:
+        # self.model has the weights; training calls self.parallel_model, which also
+        # averages the gradients of several ranks.
+        self.parallel_model = self.model
+        if WORLD_SIZE > 1:
             # DistributedDataParallel warns of the strides of 1 × 1 convolutions in
             # channels-last order. That changes neither the result nor the speed.
             warnings.filterwarnings("ignore", "Grad strides do not match")
             # Each rank normalises its own share of a batch. Before validation, all
             # ranks take over the running statistics of rank 0.
-            self.network = nn.parallel.DistributedDataParallel(
+            self.parallel_model = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False
             )
+        self.autocast = autocast(device, args.precision)
         if args.compile:
             self.model.trunk.compile(dynamic=False)
             self.make_views = torch.compile(self.make_views, dynamic=False)
@@ -365,11 +320,19 @@ class Pretraining:
         parameters = self.model.parameters()
         self.optimizer = make_optimizer(parameters, args.lr, args.weight_decay)
         self.scaler = make_scaler(device, args.precision)
+        self.captured_update = self.make_captured_update()
 
         generator = make_generator(device, args.seed, BANK)
-        size = (len(images), models.VECTOR_SIZE)
+        size = (len(images), models.EMBEDDING_SIZE)
         vectors = torch.randn(size, generator=generator, device=device)
         self.bank = MemoryBank(vectors, train_count, args.beta)
+
+    def make_captured_update(self):
+        """update() as one CUDA graph, or None where a step runs eagerly."""
+        wanted = self.args.cuda_graph and not self.args.compile
+        if self.device.type == "cuda" and WORLD_SIZE == 1 and wanted:
+            return CapturedFunction(self.update)
+        return None
 
     def state_dict(self):
         return {
@@ -385,16 +348,19 @@ class Pretraining:
         self.model.trunk.load_state_dict(saved["trunk"])
         self.model.head_f.load_state_dict(saved["head_f"])
         self.model.head_g.load_state_dict(saved["head_g"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        # A resumed run may have another precision. Only fp16's scaler has a state.
-        if saved["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved["scaler"])
+        restore_optimizer(self.optimizer, self.scaler, saved)
         self.bank.load_state_dict(saved["bank"])
+        # The momentum is in new tensors now; what was captured would use the old ones.
+        self.captured_update = self.make_captured_update()
 
+    # ---- What an epoch needs ---------------------------------------------------------
     def epoch_batches(self, epoch):
         """The training images in this epoch's order: int64 [B] indices on the host."""
         generator = make_generator("cpu", self.args.seed, ORDER, epoch)
         order = torch.randperm(self.train_count, generator=generator)
+        if self.device.type == "cuda":
+            # From pinned memory, a copy to the device runs while the host continues.
+            order = order.pin_memory()
         return order.split(self.args.batch_size)
 
     def epoch_uniforms(self, epoch):
@@ -408,6 +374,7 @@ class Pretraining:
         size = (len(self.images), columns)
         return torch.rand(size, generator=generator, device=self.device)
 
+    # ---- A step ----------------------------------------------------------------------
     def train_step(self, index, uniforms, epoch, step):
         """One step of SGD on the images `index` [B], then the bank's update.
 
@@ -418,101 +385,124 @@ class Pretraining:
         self.model.train()
         lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
         self.optimizer.param_groups[0]["lr"] = lr
+        # As a tensor, since a captured step keeps plain numbers as they were when it
+        # was captured. float32 is what the fused optimiser reads.
+        lr = torch.full((), lr, dtype=torch.float32, device=self.device)
 
-        image_vectors, losses, correct = self.forward_batch(
-            index, uniforms, epoch, step
+        batch = self.load_batch(index, uniforms, epoch, step)
+        if self.captured_update and len(index) == self.args.batch_size:
+            return self.captured_update(lr, *batch)
+        return self.update(lr, *batch)
+
+    def load_batch(self, index, uniforms, epoch, step):
+        """The Batch of the images `index` [B] on the host: all that a step must be given.
+
+        Everything that comes from the host is here, and so is the draw of negatives,
+        with a generator of its own for each step.
+        """
+        # This rank's share. The last batch of an epoch may have fewer images than there
+        # are ranks. But all ranks meet in a step, so a rank without a share computes
+        # one image of the batch all the same, and forward_batch() does not count it.
+        share = index.tensor_split(WORLD_SIZE)[RANK]
+        if len(share) == 0:
+            share = index[:1]
+
+        index_on_device = index.to(self.device, non_blocking=True)
+        share_on_device = share.to(self.device, non_blocking=True)
+        if self.images.device == self.device:
+            images = self.images.index_select(0, share_on_device)
+        else:
+            # The images are on the host: gathered into pinned memory, then copied.
+            size = (len(share), *self.images.shape[1:])
+            pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            torch.index_select(self.images, 0, share, out=pinned)
+            images = pinned.to(self.device, non_blocking=True)
+
+        # The same negatives on all ranks.
+        seed = derived_seed(self.args.seed, NEGATIVES, epoch, step)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = self.bank.draw(self.negative_count, generator)
+        return Batch(
+            index=index_on_device,
+            images=images,
+            uniforms=uniforms.index_select(0, share_on_device),
+            drawn=drawn,
         )
 
-        # DistributedDataParallel takes the mean of the ranks' gradients: with the
-        # factor, that is the gradient of the whole batch's mean loss.
-        loss = losses.sum() * RANKS / len(index)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        # The norm to clip is that of the gradient itself, not of the scaled one.
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def update(self, lr, *batch):
+        """A step on a Batch with the learning rate lr, a tensor [].
 
-        self.bank.update(to_device(index, self.device), image_vectors)
-        return batch_totals(losses, correct)
+        On a GPU it may be captured: its kernels are then launched again and again
+        without this code. So it reads nothing that changes between two steps but its
+        arguments, and what it changes itself, it changes in place.
+        """
+        batch = Batch(*batch)
+        image_embeddings, loss, totals = self.forward_batch(batch)
 
-    def forward_batch(self, index, uniforms, epoch, step):
-        """From the images `index` [B], an index on the host, to their losses.
+        group = self.optimizer.param_groups[0]
+        number = group["lr"]
+        group["lr"] = lr
+        optimizer_step(loss, self.optimizer, self.scaler, MAX_GRADIENT_NORM)
+        group["lr"] = number  # which checkpoints and the CSV hold
 
-        Returns (f(φ(I)) [B, 128] of the whole batch, detached; losses [b]; correct [b],
-        bool). b is this rank's share of the batch, B where there is one rank.
+        self.bank.update(batch.index, image_embeddings)
+        return totals
+
+    def forward_batch(self, batch):
+        """From a Batch to its loss, in training and in validation.
+
+        Returns (f(φ(I)) [B, 128] of the whole batch, detached; the loss to minimise, a
+        scalar; [sum of the losses, number of correct answers] of the whole batch).
         """
         args = self.args
-
-        # This rank's share. The last batch of an epoch may have fewer images than there
-        # are ranks; but all ranks meet in a step, so one without a share takes part
-        # with a stand-in, an image that will not count.
-        shares = index.tensor_split(RANKS)
+        batch_size = len(batch.index)
+        shares = batch.index.tensor_split(WORLD_SIZE)
         has_share = len(shares[RANK]) > 0
-        share = shares[RANK] if has_share else index[:1]
+        share = shares[RANK] if has_share else batch.index[:1]  # [b]
 
-        images = self.take_images(share)
-        local_index = to_device(share, self.device)
-        batch_index = to_device(index, self.device)
-        local_uniforms = uniforms.index_select(0, local_index)
-        image_vectors, pretext_vectors = self.run_network(
-            images, local_uniforms, full_batch=len(index) == args.batch_size
-        )
+        # Two views of each image, through the network. Gradients of several ranks are
+        # averaged in training alone. Compiled code serves the full batches of training;
+        # the few others would each need a compilation of their own.
+        training = self.model.training
+        model = self.parallel_model if training else self.model
+        compiled = training and batch_size == args.batch_size
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            view, pretext_inputs = self.make_views(batch.images, batch.uniforms)
+            with self.autocast:
+                image_embeddings, pretext_embeddings = model(view, pretext_inputs)
 
         # f(φ(I)) of all ranks, in the batch's order.
-        counts = [len(part) for part in shares]
-        all_vectors = gather_rows(image_vectors.float(), counts)
+        all_embeddings = image_embeddings.float()  # [B, 128]
+        if WORLD_SIZE > 1:
+            counts = [len(part) for part in shares]
+            all_embeddings = gather_rows(all_embeddings, counts)
 
         # The negatives: from the bank, the same draw on all ranks, and from the batch.
-        # Gradients flow into the batch's vectors.
-        generator = make_generator(self.device, args.seed, NEGATIVES, epoch, step)
-        negatives, excluded = self.bank.draw_negatives(
-            local_index, self.negative_count, generator
-        )
-        memory = self.bank.vectors[local_index]
-        correct = pretext_correct(pretext_vectors, memory, negatives, excluded)
+        # Gradients flow into the batch's embeddings.
+        negatives, mask = self.bank.negatives(batch.drawn, share)  # [C, 128], [b, C]
+        memory = self.bank.vectors[share]
+        correct = pretext_correct(pretext_embeddings, memory, negatives, mask)
         if args.batch_negatives:
-            batch_vectors = F.normalize(all_vectors, dim=1)
-            own_vector = local_index[:, None] == batch_index  # [b, B]
+            batch_vectors = F.normalize(all_embeddings, dim=1)
+            is_own = share[:, None] == batch.index  # [b, B]
             negatives = torch.cat([negatives, batch_vectors])
-            excluded = torch.cat([excluded, own_vector], dim=1)
+            mask = torch.cat([mask, is_own], dim=1)
 
         losses = pirl_loss(
-            image_vectors, pretext_vectors, memory, negatives, excluded, args
+            image_embeddings, pretext_embeddings, memory, negatives, mask, args
         )
         if not has_share:
             # Times 0 rather than left out: the other ranks wait for the gradients.
             losses = losses * 0
             correct = torch.zeros_like(correct)
-        return all_vectors.detach(), losses, correct
 
-    def run_network(self, images, uniforms, full_batch):
-        """Two views of each image, and what the heads give for them.
-
-        images uint8 [b, 3, S, S], uniforms [b, U] -> f(φ(I)) and g(φ(I_t)), [b, 128].
-        """
-        # In eval mode there are no gradients for DistributedDataParallel to average.
-        training = self.model.training
-        network = self.network if training else self.model
-
-        # Compiled code serves the full batches of training; the few others would each
-        # need a compilation of their own.
-        compiled = training and full_batch
-        with torch.compiler.set_stance("default" if compiled else "force_eager"):
-            view, pretext_inputs = self.make_views(images, uniforms)
-            with autocast(self.device, self.args.precision):
-                return network(view, pretext_inputs)
-
-    def take_images(self, index):
-        """The images `index` [b], an index on the host, as uint8 on the device."""
-        if self.images.device == self.device:
-            return self.images.index_select(0, to_device(index, self.device))
-        # From pinned memory, the copy to the device runs while the host continues.
-        size = (len(index), *self.images.shape[1:])
-        batch = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        torch.index_select(self.images, 0, index, out=batch)
-        return batch.to(self.device, non_blocking=True)
+        # DistributedDataParallel takes the mean of the ranks' gradients: with the
+        # factor, that is the gradient of the whole batch's mean loss.
+        loss = losses.sum() * WORLD_SIZE / batch_size
+        totals = torch.stack([losses.detach().sum(), correct.sum()])
+        if WORLD_SIZE > 1:
+            distributed.all_reduce(totals)
+        return all_embeddings.detach(), loss, totals
 
     def make_views(self, images, uniforms):
         """uint8 [B, 3, S, S] to the views I [B, 3, S, S] and I_t [B·n, 3, P, P]."""
@@ -522,21 +512,14 @@ class Pretraining:
         view = self.image_view(images, image_uniforms)
         return view, self.pretext(images, pretext_uniforms)
 
+    # ---- The result ------------------------------------------------------------------
     def exported_trunk(self):
         """The trunk with batch-norm statistics of whole, unaugmented images."""
-        count = min(self.train_count, STATISTICS_IMAGES)
+        count = min(self.train_count, evaluation.STATISTICS_IMAGES)
         images = self.images[:count].to(self.device)
         return evaluation.with_plain_bn_statistics(
             self.model.trunk, images, self.args.batch_size
         )
-
-
-def batch_totals(losses, correct):
-    """[sum of the losses, number of correct answers] of a batch, over all ranks."""
-    totals = torch.stack([losses.detach().sum(), correct.sum()])
-    if RANKS > 1:
-        distributed.all_reduce(totals)
-    return totals
 
 
 def learning_rate(args, epoch, step, steps_per_epoch):
@@ -564,7 +547,7 @@ def validate(trainer, uniforms, epoch):
     count = len(trainer.images) - trainer.train_count
     if count == 0:
         return None, None
-    if RANKS > 1:
+    if WORLD_SIZE > 1:
         # Each rank has the running statistics of its own shares: those of rank 0 are
         # used by all.
         for buffer in trainer.model.buffers():
@@ -575,53 +558,28 @@ def validate(trainer, uniforms, epoch):
     index = torch.arange(first, first + count)
     totals = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     with progress_bar(count, f"validation of epoch {epoch}", " images") as bar:
-        for number, batch in enumerate(index.split(trainer.args.batch_size)):
-            # Steps after the epoch's last, so that their negatives are other draws.
+        for number, rows in enumerate(index.split(trainer.args.batch_size)):
+            # A step's negatives are a function of its number. Training has used the
+            # numbers below steps_per_epoch, so validation counts on from there.
             step = trainer.steps_per_epoch + number
-            image_vectors, losses, correct = trainer.forward_batch(
-                batch, uniforms, epoch, step
-            )
-            trainer.bank.update(to_device(batch, trainer.device), image_vectors)
-            totals += batch_totals(losses, correct)
-            bar.update(len(batch))
+            batch = trainer.load_batch(rows, uniforms, epoch, step)
+            image_embeddings, _, batch_totals = trainer.forward_batch(batch)
+            trainer.bank.update(batch.index, image_embeddings)
+            totals += batch_totals
+            bar.update(len(rows))
     loss, accuracy = (totals / count).tolist()
     return loss, accuracy
 
 
-def load_monitor(args, device):
-    """What the kNN monitor needs: (images, labels, search, query), or None and a note.
-
-    The labelled training images, split as for fine-tuning: kNN among `search`
-    classifies `query`. No test image is read.
-    """
-    folder = args.data_dir / "train"
-    try:
-        images, labels, *_ = dataset_helpers.load_labelled(
-            folder, args.image_size, device
-        )
-        search, query = dataset_helpers.stratified_split(labels, args.seed, folder)
-    except UserError as error:
-        print(f"note: kNN accuracy will not be measured: {error}")
-        return None
-    return images, labels, search, query
-
-
-def monitor_accuracy(trainer, labelled):
-    """kNN accuracy by the trunk as it would be exported now."""
-    images, labels, search, query = labelled
-    trunk = trainer.exported_trunk()
-    features = evaluation.trunk_features(trunk, images, trainer.args.batch_size)
-    return evaluation.knn_accuracy(
-        features[search], labels[search], features[query], labels[query]
-    )
-
-
-# ---- The beginning and the end of a run ----------------------------------------------
-def check_flags(parser, args):
-    """Refuse flags that do not go together."""
+# ---- The beginning of a run ----------------------------------------------------------
+def check_before_loading(parser, args):
+    """Refuse flags that do not go together, before images are read."""
+    # A file of weights alone is a warm start, too.
+    if args.pirl_model_name:
+        args.warm_start = True
     first_epoch = args.cont_epoch
-    if not args.warm_start and (args.pirl_model_name or first_epoch > 1):
-        parser.error("--pirl-model-name and --cont-epoch need --warm-start True")
+    if first_epoch > 1 and not args.warm_start:
+        parser.error("--cont-epoch needs a warm start, for example --pirl-model-name")
     if first_epoch > args.epochs:
         last = f"the last epoch, --epochs {args.epochs}"
         parser.error(f"--cont-epoch {first_epoch} is after {last}")
@@ -636,23 +594,17 @@ def resolve_defaults(args, device):
         check_compiler()
 
 
-def check_compiler():
-    """Refuse --compile where torch.compile would fail, in the middle of a step."""
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    if not any(shutil.which(name) for name in compilers):
-        raise UserError(
-            "--compile needs a C++ compiler, and none was found",
-            "install g++, or leave --compile out",
-        )
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not headers.exists():
-        raise UserError(
-            f"--compile needs Python's headers, and there is no {headers}",
-            "install them (python3-dev), or leave --compile out",
-        )
+def bytes_beside_pixels(args):
+    """On the device, per image: what there is beside its pixels.
+
+    A row of the memory bank in float32, and the random numbers of its views for two
+    epochs, of which one is drawn while the other is still there.
+    """
+    uniforms = augmentations.IMAGE_VIEW_UNIFORMS + PRETEXTS[args.pretext].uniforms
+    return 4 * (models.EMBEDDING_SIZE + 2 * uniforms)
 
 
-def validate_args(args, train_count):
+def check_after_loading(args, train_count):
     """Refuse numbers that do not go with the number of images or of ranks."""
     size = args.batch_size
     if train_count < 3:
@@ -660,11 +612,11 @@ def validate_args(args, train_count):
             f"{train_count} training images are too few",
             "add images",
         )
-    if RANKS > 1 and (size % RANKS or size < 2 * RANKS):
+    if WORLD_SIZE > 1 and (size % WORLD_SIZE or size < 2 * WORLD_SIZE):
         # Batch norm would be of no use on a single image.
         raise UserError(
-            f"--batch-size {size} does not give each of {RANKS} ranks the same number "
-            "of images, two or more",
+            f"--batch-size {size} does not give each of {WORLD_SIZE} ranks the same "
+            "number of images, two or more",
             "use a multiple",
         )
     if size > train_count:
@@ -679,6 +631,21 @@ def validate_args(args, train_count):
             "other images",
             "lower it",
         )
+    steps = math.ceil(train_count / size) * (args.epochs - args.cont_epoch + 1)
+    if args.warmup_steps > steps:
+        print(
+            f"note: the warm-up of {args.warmup_steps} steps is longer than the run, "
+            f"{steps} steps, so the learning rate does not reach --lr: lower "
+            "--warmup-steps"
+        )
+
+
+def check_epochs_done(args, state):
+    """More epochs may be done than a resumed run asks for: they cannot be undone."""
+    done = state.epoch - 1
+    if done > args.epochs:
+        print(f"note: {done} epochs are done already, so --epochs is {done}")
+        args.epochs = done
 
 
 def warm_start(trainer, state, experiment):
@@ -707,8 +674,8 @@ def print_summary(trainer, state):
     """Say what is about to be done."""
     args = trainer.args
     where = f"{trainer.device.type}, {args.precision}, seed {args.seed}"
-    if RANKS > 1:
-        where += f", {RANKS} ranks"
+    if WORLD_SIZE > 1:
+        where += f", {WORLD_SIZE} ranks"
     side = args.image_size
     to_validate = len(trainer.images) - trainer.train_count
     epochs = f"epochs {state.epoch} to {args.epochs}"
@@ -735,6 +702,7 @@ def print_summary(trainer, state):
         )
 
 
+# ---- The record and the result -------------------------------------------------------
 def log_epoch(metrics, epochs, writer):
     """The epoch's line on the screen, and its numbers in TensorBoard's log."""
     formats = {

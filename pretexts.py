@@ -8,7 +8,9 @@ A task is an nn.Module with
   [B, U] in [0, 1) to the inputs [B·n, 3, P, P], normalised, those of an image one
   after another;
 - `make_head(dimension, non_linear)`: head g, a module from features [B, n, d] to
-  vectors [B, 128].
+  embeddings [B, 128];
+- if there is something to show between image and inputs, `crop_pictures(images,
+  uniforms)`: [B, 3, S, S] in 0 … 1, which pictures.py draws.
 """
 
 from jigsaw import Jigsaw

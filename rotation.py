@@ -60,6 +60,10 @@ class JigsawRotation(Jigsaw):
         turned = quarter_turns(images, uniforms[:, 0])
         return super().forward(turned, uniforms[:, 1:])
 
+    def crop_pictures(self, images, uniforms):
+        turned = quarter_turns(images, uniforms[:, 0])
+        return super().crop_pictures(turned, uniforms[:, 1:])
+
 
 def quarter_turns(images, uniforms):
     """Turn each image by 0°, 90°, 180° or 270°: images [B, 3, S, S], uniforms [B]."""

@@ -21,12 +21,13 @@ from torchvision.datasets import STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
-from checkpoints import atomic_write
 from dataset_helpers import STL10_SIDE
-from progress import in_threads, progress_bar
-from run_helpers import Parser, UserError, file_path, run_script
+from runtime.arguments import Parser, file_path
+from runtime.bars import in_threads, progress_bar
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.script import run_script
 
-MD5 = dict(STL10.train_list + STL10.test_list)  # of the release's raw files
 SPLITS = {  # ours -> raw images, raw labels
     "train": ("train_X.bin", "train_y.bin"),
     "test": ("test_X.bin", "test_y.bin"),
@@ -38,17 +39,20 @@ TIMEOUT = 60  # seconds of silence until a server is given up
 
 
 def parse_args(argv=None):
-    parser = Parser("Get the raw STL-10 files and write them as image folders.")
+    parser = Parser(
+        "Get the raw STL-10 files and write them as image folders.",
+        example="python stl10_data_load.py",
+    )
     add = parser.add_argument
     # fmt: off
-    add("--raw-dir", type=file_path, default=Path("raw_stl10"),
-        help="the folder for the archive and the raw files")
-    add("--data-dir", type=file_path, default=Path("stl10_data"),
-        help="the folder in which the image folders are written")
+    add("--raw-dir", type=file_path, default=Path("raw_stl10"), metavar="PATH",
+        help="folder for the archive and the raw files")
+    add("--data-dir", type=file_path, default=Path("stl10_data"), metavar="PATH",
+        help="folder in which the image folders are written")
     add("--url", default=STL10.url,
-        help="the address of the archive")
+        help="address of the archive")
     add("--md5",
-        help="the MD5 of the archive; defaults to the release's for the default --url")
+        help="MD5 of the archive; by default the release's for the default --url")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -77,8 +81,6 @@ def main(argv=None):
 
     args.data_dir.mkdir(parents=True, exist_ok=True)
     check_disk_space(args.data_dir, to_write)
-    release = "" if is_release(raw) else "not "
-    print(f"these files are {release}the STL-10 release")
 
     # The extras come first: once all images are there, nothing is copied any more.
     for name in EXTRAS:
@@ -285,13 +287,6 @@ def check_labels(path, count):
         )
 
 
-def is_release(raw):
-    """Whether the raw files are those of the release, by their MD5."""
-    # The smallest first: it tells other files apart without reading 2.6 GB.
-    files = sorted((raw / name for name in MD5), key=lambda file: file.stat().st_size)
-    return all(calculate_md5(file) == MD5[file.name] for file in files)
-
-
 # ---- From raw files to folders of images ---------------------------------------------
 def raw_images(raw, split):
     """The images of a raw file, uint8 [N, S, S, 3]; each is read when it is used."""
@@ -342,7 +337,8 @@ def missing_images(raw, data_dir, split):
             )
         return False
 
-    found = in_threads(is_missing, range(len(paths)), f"comparing {split}")
+    with progress_bar(len(paths), f"comparing {split}", " images") as bar:
+        found = in_threads(is_missing, range(len(paths)), bar)
     return [index for index, missing in enumerate(found) if missing]
 
 
@@ -370,14 +366,15 @@ def write_split(raw, data_dir, split, indices=None):
 
     def write(index):
         # Not by atomic_write: to wait for the disk 113,000 times takes longer than all
-        # else, and the next run finds and mends what a crash of the machine cuts short.
+        # else, and the next run finds and rewrites what a crash cuts short.
         part = paths[index].with_suffix(".part")
         pixels = np.ascontiguousarray(images[index])
         image = Image.fromarray(pixels)
         image.save(part, "PNG", compress_level=1)  # twice as fast as the default, 6
         os.replace(part, paths[index])
 
-    in_threads(write, indices, f"writing {split}")
+    with progress_bar(len(indices), f"writing {split}", " images") as bar:
+        in_threads(write, indices, bar)
 
 
 if __name__ == "__main__":

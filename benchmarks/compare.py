@@ -6,12 +6,14 @@ python -m benchmarks.compare --weights-dir demo/weights from_random from_pirl
 import statistics
 from pathlib import Path
 
-from checkpoints import read_torch_file
-from run_helpers import Parser, UserError, file_path, run_script
-from train_stl_after_ssl import TABLE_ROWS
+from report import TABLE_ROWS
+from runtime.arguments import Parser, file_path
+from runtime.errors import UserError
+from runtime.files import read_torch_file
+from runtime.script import run_script
 
 # The stages as in the tables of fine-tuning, and by their names in a model file.
-STAGES = {TABLE_ROWS[stage]: stage for stage in ("softmax", "full", "neighbours")}
+STAGES = {TABLE_ROWS[stage]: stage for stage in ("softmax", "full", "knn")}
 # A stage's result in a model file is the pair (validation accuracy, test accuracy).
 VALIDATION = 0
 TEST = 1

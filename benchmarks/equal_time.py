@@ -44,24 +44,21 @@ from benchmarks.results import (
     finished_run,
     pretraining_seconds,
 )
-from checkpoints import atomic_save, atomic_write, read_torch_file
 from dataset_helpers import list_images, load_images, unlabelled_folder
-from evaluation import with_plain_bn_statistics
+from evaluation import STATISTICS_IMAGES, with_plain_bn_statistics
 from models import make_trunk
-from pirl_stl_train_test import STATISTICS_IMAGES
-from progress import progress_bar
-from run_helpers import (
-    Parser,
-    UserError,
+from runtime.arguments import Parser, bounded, file_path
+from runtime.bars import progress_bar
+from runtime.devices import (
     autocast,
-    bounded,
     choose_device,
     choose_precision,
     describe_machine,
-    file_path,
     make_optimizer,
-    run_script,
 )
+from runtime.errors import UserError
+from runtime.files import atomic_save, atomic_write, read_torch_file
+from runtime.script import run_script
 
 LIGHTLY_ERROR = None
 try:

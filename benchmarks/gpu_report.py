@@ -18,15 +18,11 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.compare import markdown_table
-from checkpoints import atomic_write
-from run_helpers import (
-    Parser,
-    bounded,
-    choose_device,
-    describe_machine,
-    first_line,
-    run_script,
-)
+from runtime.arguments import Parser, bounded
+from runtime.devices import choose_device, describe_machine
+from runtime.errors import first_line
+from runtime.files import atomic_write
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 SPEED_COLUMNS = [

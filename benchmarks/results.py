@@ -18,8 +18,10 @@ from benchmarks.compare import (
     markdown_table,
     spread,
 )
-from checkpoints import atomic_write, read_torch_file
-from run_helpers import Parser, UserError, bounded, file_path, run_script
+from runtime.arguments import Parser, bounded, file_path
+from runtime.errors import UserError
+from runtime.files import atomic_write, read_torch_file
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("results")
@@ -28,7 +30,7 @@ FINE_TUNING = "train_stl_after_ssl.py"
 
 # The stages as the README calls them, and as the model files do.
 STAGES = {
-    "kNN": "neighbours",
+    "kNN": "knn",
     "linear probe (only the softmax layer)": "softmax",
     "full fine-tuning": "full",
 }
@@ -62,12 +64,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--flags",
         default="",
-        help="more flags of pretraining, in one word: '--lr 0.1 --stem small'",
+        help="more flags of pretraining, in one word, as '--lr 0.1 --stem small'; "
+        "--only-train True is given",
     )
     parser.add_argument(
         "--labelled-flags",
         default="",
-        help="more flags of fine-tuning; full fine-tuning and --lr 0.1 are given",
+        help="more flags of fine-tuning, in one word; --full-fine-tune True is given",
     )
     return parser.parse_args(argv)
 
@@ -79,10 +82,10 @@ def main(argv=None):
     name = args.data_dir.resolve().name
     folder = RESULTS / name
     data = ["--data-dir", str(args.data_dir)]
-    pretraining_flags = [*data, "--epochs", str(args.epochs), *shlex.split(args.flags)]
+    pretraining_flags = [*data, "--epochs", str(args.epochs), "--only-train", "True"]
+    pretraining_flags += shlex.split(args.flags)
     labelled_flags = [*data, "--epochs", str(args.labelled_epochs)]
-    labelled_flags += shlex.split("--full-fine-tune True --lr 0.1")
-    labelled_flags += shlex.split("--patience-for-lr-decay 4")
+    labelled_flags += ["--full-fine-tune", "True"]
     labelled_flags += shlex.split(args.labelled_flags)
 
     pretrained = []

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import atomic_write
 from dataset_helpers import STL10_SIDE
-from progress import progress_bar
-from run_helpers import Parser, bounded, file_path, run_script
+from runtime.arguments import Parser, bounded, file_path
+from runtime.bars import progress_bar
+from runtime.files import atomic_write
+from runtime.script import run_script
 from stl10_data_load import SPLITS
 
 COUNTS = {"train": 1500, "test": 1000, "unlabelled": 2000}

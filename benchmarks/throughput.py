@@ -24,18 +24,14 @@ from torchvision.transforms.functional import to_pil_image
 
 import augmentations
 import jigsaw
+import losses
 import pirl_stl_train_test
 from benchmarks.compare import markdown_table
 from models import SmallMapConv2d
-from run_helpers import (
-    autocast,
-    bool_flag,
-    bounded,
-    choose_device,
-    describe_machine,
-    make_generator,
-    run_script,
-)
+from runtime.arguments import bool_flag, bounded
+from runtime.devices import autocast, choose_device, describe_machine
+from runtime.randomness import make_generator
+from runtime.script import run_script
 
 IMAGES = 8192
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -142,7 +138,7 @@ def make_trainer(args, count):
     args.lr = 0.01  # noise cannot be learnt; this does not diverge on it either
     shape = (count, 3, args.image_size, args.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    return pirl_stl_train_test.Pretraining(args, device, images, count)
+    return pirl_stl_train_test.PretrainingTrainer(args, device, images, count)
 
 
 def count_flops(trainer, batch_size):
@@ -219,14 +215,14 @@ def training_step(trainer, batch_size):
 def bare_network(trainer):
     """Forward, backward and optimiser on inputs that stay the same."""
     index = torch.arange(trainer.args.batch_size)
-    uniforms = trainer.epoch_uniforms(1)[: len(index)]
-    views = trainer.make_views(trainer.take_images(index), uniforms)
+    batch = trainer.load_batch(index, trainer.epoch_uniforms(1), epoch=1, step=0)
+    views = trainer.make_views(batch.images, batch.uniforms)
     # Of the views, only the shapes matter.
     view, pretext_inputs = [torch.randn_like(view) for view in views]
 
     def step():
-        image_vectors, patch_vectors = forward(trainer, view, pretext_inputs)
-        loss = image_vectors.square().mean() + patch_vectors.square().mean()
+        image_embeddings, patch_embeddings = forward(trainer, view, pretext_inputs)
+        loss = image_embeddings.square().mean() + patch_embeddings.square().mean()
         backward(trainer, loss)
 
     return step
@@ -238,8 +234,8 @@ def forward(trainer, view, patches):
     view = view.contiguous(memory_format=torch.channels_last)
     patches = patches.contiguous(memory_format=torch.channels_last)
     with autocast(trainer.device, trainer.args.precision):
-        image_vectors, patch_vectors = trainer.model(view, patches)
-    return image_vectors.float(), patch_vectors.float()
+        image_embeddings, patch_embeddings = trainer.model(view, patches)
+    return image_embeddings.float(), patch_embeddings.float()
 
 
 def backward(trainer, loss):
@@ -317,23 +313,25 @@ def conventional(trainer, workers, steps):
         index, view, patches = [
             part.to(trainer.device, non_blocking=True) for part in next(loaded)
         ]
-        image_vectors, patch_vectors = forward(trainer, view, patches.flatten(0, 1))
+        image_embeddings, patch_embeddings = forward(
+            trainer, view, patches.flatten(0, 1)
+        )
 
         bank = trainer.bank
-        count = trainer.negative_count
-        negatives, excluded = bank.draw_negatives(index, count, generator)
-        f = F.normalize(image_vectors, dim=1)
-        same_image = index[:, None] == index
-        losses = pirl_stl_train_test.pirl_loss(
-            image_vectors,
-            patch_vectors,
+        drawn = bank.draw(trainer.negative_count, generator)
+        negatives, mask = bank.negatives(drawn, index)
+        f = F.normalize(image_embeddings, dim=1)
+        is_own = index[:, None] == index
+        loss = losses.pirl_loss(
+            image_embeddings,
+            patch_embeddings,
             bank.vectors[index],
             torch.cat([negatives, f]),
-            torch.cat([excluded, same_image], 1),
+            torch.cat([mask, is_own], 1),
             trainer.args,
         )
-        backward(trainer, losses.mean())
-        bank.update(index, image_vectors.detach())
+        backward(trainer, loss.mean())
+        bank.update(index, image_embeddings.detach())
 
     # The batches that all workers begin with come at once, and do not count.
     for _ in range(workers):

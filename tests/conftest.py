@@ -23,7 +23,7 @@ import pictures
 import pirl_stl_train_test
 import stl10_data_load
 import train_stl_after_ssl
-from run_helpers import run_script
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -97,7 +97,7 @@ def make_trainer(flags):
     device = torch.device("cpu")
     pirl_stl_train_test.resolve_defaults(args, device)
     images, train_count, _ = dataset_helpers.load_unlabelled(args, device)
-    return pirl_stl_train_test.Pretraining(args, device, images, train_count)
+    return pirl_stl_train_test.PretrainingTrainer(args, device, images, train_count)
 
 
 def write_raw(folder, counts, seed=0):

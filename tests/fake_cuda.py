@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from conftest import ThinResNet, write_raw
 from records import parts_of, same, weights
+from run_helpers import to_device
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -41,8 +42,8 @@ import stl10_data_load
 import train_stl_after_ssl
 from benchmarks import throughput
 from memory_bank import MemoryBank
-from pirl_stl_train_test import Pretraining
-from run_helpers import run_script, to_device
+from pirl_stl_train_test import PretrainingTrainer
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda", 0)
@@ -419,8 +420,8 @@ def scripts():
         write_data(folder)
         thin = mock.patch.dict(models.TRUNKS, res18=ThinResNet)
         stack.enter_context(thin)
-        stack.enter_context(label(Pretraining, "train_step"))
-        stack.enter_context(label(train_stl_after_ssl.FineTuning, "train_step"))
+        stack.enter_context(label(PretrainingTrainer, "train_step"))
+        stack.enter_context(label(train_stl_after_ssl.FineTuningTrainer, "train_step"))
         seen = stack.enter_context(pretend_cuda())
 
         # fmt: off
@@ -591,17 +592,17 @@ DEFECTS = {  # what -> owner, name, flaw
     "an index from memory that is not pinned":
         (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
     "images on the device, by an index from memory that is not pinned":
-        (Pretraining, "take_images", images_by_a_pageable_index),
+        (PretrainingTrainer, "take_images", images_by_a_pageable_index),
 }
 DEFECTS_ON_HOST = {  # the same, of runs with --images-on host
     "a batch from memory that is not pinned":
-        (Pretraining, "take_images", images_from_pageable_memory),
+        (PretrainingTrainer, "take_images", images_from_pageable_memory),
     "a batch from pinned memory, but waited for":
-        (Pretraining, "take_images", images_from_pinned_memory_that_are_waited_for),
+        (PretrainingTrainer, "take_images", images_from_pinned_memory_that_are_waited_for),
     "images on the host, by an index on the device":
-        (Pretraining, "take_images", images_by_an_index_of_the_device),
+        (PretrainingTrainer, "take_images", images_by_an_index_of_the_device),
     "images on the host, by an index that is read back":
-        (Pretraining, "take_images", images_by_an_index_that_comes_back),
+        (PretrainingTrainer, "take_images", images_by_an_index_that_comes_back),
     "an index from memory that is not pinned, for all but the images":
         (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
 }

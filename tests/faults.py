@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from conftest import start, write_raw
 
-from checkpoints import read_torch_file
-from progress import progress_bar
-from run_helpers import UserError
+from runtime.bars import progress_bar
+from runtime.errors import UserError
+from runtime.files import read_torch_file
 
 COUNTS = {"train": 60, "test": 40, "unlabelled": 100}
 # How often one run gets a signal, before it is left to end.

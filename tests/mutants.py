@@ -20,6 +20,9 @@ from pathlib import Path
 
 import libcst
 
+import linear_probe
+import losses
+
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "results" / "mutants"
 REPORT = ROOT / "results" / "mutants.md"
@@ -32,20 +35,20 @@ METHOD = [
     "augmentations",
     "models",
     "evaluation",
-    "pirl_stl_train_test.candidate_logits",
-    "pirl_stl_train_test.modified_nce",
-    "pirl_stl_train_test.nce",
-    "pirl_stl_train_test.pirl_loss",
-    "pirl_stl_train_test.pretext_correct",
-    "pirl_stl_train_test.Pretraining.__init__",
-    "pirl_stl_train_test.Pretraining.epoch_batches",
-    "pirl_stl_train_test.Pretraining.epoch_uniforms",
-    "pirl_stl_train_test.Pretraining.train_step",
-    "pirl_stl_train_test.Pretraining.forward_batch",
-    "pirl_stl_train_test.Pretraining.run_network",
-    "pirl_stl_train_test.Pretraining.make_views",
-    "pirl_stl_train_test.Pretraining.exported_trunk",
-    "pirl_stl_train_test.batch_totals",
+    "losses.candidate_logits",
+    "losses.modified_nce",
+    "losses.nce",
+    "losses.pirl_loss",
+    "losses.pretext_correct",
+    "pirl_stl_train_test.PretrainingTrainer.__init__",
+    "pirl_stl_train_test.PretrainingTrainer.epoch_batches",
+    "pirl_stl_train_test.PretrainingTrainer.epoch_uniforms",
+    "pirl_stl_train_test.PretrainingTrainer.train_step",
+    "pirl_stl_train_test.PretrainingTrainer.forward_batch",
+    "pirl_stl_train_test.PretrainingTrainer.run_network",
+    "pirl_stl_train_test.PretrainingTrainer.make_views",
+    "pirl_stl_train_test.PretrainingTrainer.exported_trunk",
+    "linear_probe.batch_totals",
     "pirl_stl_train_test.learning_rate",
     "pirl_stl_train_test.validate",
 ]

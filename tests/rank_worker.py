@@ -19,11 +19,13 @@ from torch import distributed, nn
 import dataset_helpers
 import models
 import pirl_stl_train_test
-from pirl_stl_train_test import Pretraining
-from run_helpers import RANK, RANKS, UserError, run_script
+from pirl_stl_train_test import PretrainingTrainer
+from runtime.errors import UserError
+from runtime.ranks import RANK, WORLD_SIZE
+from runtime.script import run_script
 
-train_step = Pretraining.train_step
-exported_trunk = Pretraining.exported_trunk
+train_step = PretrainingTrainer.train_step
+exported_trunk = PretrainingTrainer.exported_trunk
 validate = pirl_stl_train_test.validate
 load_unlabelled = dataset_helpers.load_unlabelled
 
@@ -32,7 +34,7 @@ seen = {"steps": [], "buffers_equal": [], "features": 0}
 
 
 def same_on_all(tensor):
-    everyone = [torch.empty_like(tensor) for _ in range(RANKS)]
+    everyone = [torch.empty_like(tensor) for _ in range(WORLD_SIZE)]
     distributed.all_gather(everyone, tensor.contiguous())
     return all(torch.equal(tensor, one) for one in everyone)
 
@@ -40,7 +42,7 @@ def same_on_all(tensor):
 def watched_step(trainer, index, uniforms, epoch, step):
     totals = train_step(trainer, index, uniforms, epoch, step)
 
-    share = index.tensor_split(RANKS)[RANK].tolist()
+    share = index.tensor_split(WORLD_SIZE)[RANK].tolist()
     tensors = [weight.detach() for weight in trainer.model.parameters()]
     tensors.append(trainer.bank.vectors)
     # A list first: all ranks take part in each comparison.
@@ -105,13 +107,13 @@ def freeze(patch):
 
 def put_in(what):
     if what == "watch":
-        Pretraining.train_step = watched_step
-        Pretraining.exported_trunk = watched_exported_trunk
+        PretrainingTrainer.train_step = watched_step
+        PretrainingTrainer.exported_trunk = watched_exported_trunk
         pirl_stl_train_test.validate = watched_validate
     elif what == "one-fails":
-        Pretraining.train_step = failing_step
+        PretrainingTrainer.train_step = failing_step
     elif what == "slow":
-        Pretraining.train_step = slow_step
+        PretrainingTrainer.train_step = slow_step
     elif what == "slow-validation":
         pirl_stl_train_test.validate = slow_validate
     elif what == "other-images":

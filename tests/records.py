@@ -78,7 +78,9 @@ def signal_in(patch, owner, name, number, which=1):
 
 def signal_in_step(patch, number, which):
     """The process gets a signal within its training step number `which`."""
-    signal_in(patch, pirl_stl_train_test.Pretraining, "train_step", number, which)
+    signal_in(
+        patch, pirl_stl_train_test.PretrainingTrainer, "train_step", number, which
+    )
 
 
 def interrupted(*arguments):

@@ -24,7 +24,7 @@ from augmentations import (
     unnormalize,
 )
 from jigsaw import Jigsaw
-from run_helpers import make_generator
+from runtime.randomness import make_generator
 
 ALMOST_ONE = 1 - 2**-24  # the largest number that torch.rand gives
 

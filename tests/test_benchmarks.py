@@ -16,10 +16,10 @@ import augmentations
 import jigsaw
 import pirl_stl_train_test
 from benchmarks import compare, equal_time, gpu_report, results, synthetic, throughput
-from checkpoints import find_trunk
 from dataset_helpers import load_labelled
 from models import SmallMapConv2d, make_trunk
-from run_helpers import UserError
+from runtime.errors import UserError
+from runtime.weights import find_trunk
 from stl10_data_load import SPLITS, write_split
 
 

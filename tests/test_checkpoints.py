@@ -13,18 +13,10 @@ from conftest import start
 
 import pirl_stl_train_test
 import train_stl_after_ssl
-from checkpoints import (
-    CHANGEABLE,
-    Experiment,
-    atomic_save,
-    atomic_write,
-    explain_mismatch,
-    load_weights,
-    read_torch_file,
-    read_weights,
-    settings_of,
-)
-from run_helpers import UserError
+from runtime.errors import UserError
+from runtime.experiment import CHANGEABLE, Experiment, settings_of
+from runtime.files import atomic_save, atomic_write, explain_mismatch, read_torch_file
+from runtime.weights import load_weights, read_weights
 
 TRAINING_SCRIPTS = ["pirl_stl_train_test", "train_stl_after_ssl"]
 # A run that another test, or a signal, ends.

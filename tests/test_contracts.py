@@ -16,13 +16,14 @@ from conftest import ThinResNet
 from records import checkpoint, weights
 from torch import nn
 
+import linear_probe
 import models
 import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from checkpoints import Experiment, read_weights
 from evaluation import knn_accuracy
-from run_helpers import (
+from runtime.experiment import Experiment
+from runtime.randomness import (
     BANK,
     INITIAL_WEIGHTS,
     NEGATIVES,
@@ -31,6 +32,7 @@ from run_helpers import (
     derived_seed,
     make_generator,
 )
+from runtime.weights import read_weights
 
 CPU = torch.device("cpu")
 SIDE = 36
@@ -58,7 +60,7 @@ def make_pretraining(*flags):
     generator = torch.Generator().manual_seed(1)
     size = (TRAIN_IMAGES + VALIDATION_IMAGES, 3, SIDE, SIDE)
     images = torch.randint(0, 256, size, generator=generator).byte()
-    trainer = pirl_stl_train_test.Pretraining(args, CPU, images, TRAIN_IMAGES)
+    trainer = pirl_stl_train_test.PretrainingTrainer(args, CPU, images, TRAIN_IMAGES)
     make_precise(trainer, trainer.image_view, trainer.pretext)
     return trainer
 
@@ -297,7 +299,7 @@ class SlowPIRL:
         return loss_sum / VALIDATION_IMAGES, correct_sum / VALIDATION_IMAGES
 
 
-# ---- Pretraining ---------------------------------------------------------------------
+# ---- PretrainingTrainer ---------------------------------------------------------------------
 ALL_LOSSES = []
 for loss in ("modified-nce", "nce"):
     for positive in ("bank", "pair"):
@@ -362,7 +364,7 @@ def test_a_rank_takes_its_share_of_the_whole_batch_s_step(monkeypatch):
         assert counts == [3, 3]
         return torch.cat([rows, others])
 
-    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", 2)
     monkeypatch.setattr(pirl_stl_train_test, "gather_rows", gather_rows)
     connection = SimpleNamespace(all_reduce=reduced.append)
     monkeypatch.setattr(pirl_stl_train_test, "distributed", connection)
@@ -421,10 +423,10 @@ def test_by_default_all_other_training_images_are_negatives(monkeypatch):
     args = pirl_stl_train_test.make_parser().parse_args(["--device", "cpu"])
     pirl_stl_train_test.resolve_defaults(args, CPU)
     images = torch.zeros(18, 3, SIDE, SIDE, dtype=torch.uint8)
-    trainer = pirl_stl_train_test.Pretraining(args, CPU, images, TRAIN_IMAGES)
+    trainer = pirl_stl_train_test.PretrainingTrainer(args, CPU, images, TRAIN_IMAGES)
     assert trainer.negative_count == TRAIN_IMAGES - 1
     monkeypatch.setattr(pirl_stl_train_test, "DEFAULT_NEGATIVES", 4)
-    trainer = pirl_stl_train_test.Pretraining(args, CPU, images, TRAIN_IMAGES)
+    trainer = pirl_stl_train_test.PretrainingTrainer(args, CPU, images, TRAIN_IMAGES)
     assert trainer.negative_count == 4
 
 
@@ -447,7 +449,7 @@ def test_two_ranks_average_their_gradients_and_not_their_statistics(monkeypatch)
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", parallel)
     monkeypatch.setattr(torch, "compile", compile_function)
     monkeypatch.setattr(nn.Module, "compile", compile_module)
-    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", 2)
     monkeypatch.setattr(pirl_stl_train_test, "check_compiler", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -462,7 +464,7 @@ def test_two_ranks_average_their_gradients_and_not_their_statistics(monkeypatch)
     assert compiled == [("ThinResNet", fixed), ("make_views", fixed)]
 
     compiled.clear()
-    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 1)
+    monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", 1)
     alone = make_pretraining()
     assert alone.network is alone.model
     assert compiled == []
@@ -489,7 +491,7 @@ def test_the_last_rank_of_a_batch_of_three_images(monkeypatch, ranks, has_share)
     def all_correct(pretext_vectors, *others):
         return torch.ones(len(pretext_vectors), dtype=torch.bool)
 
-    monkeypatch.setattr(pirl_stl_train_test, "RANKS", ranks)
+    monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", ranks)
     monkeypatch.setattr(pirl_stl_train_test, "RANK", ranks - 1)
     monkeypatch.setattr(pirl_stl_train_test, "gather_rows", gather_rows)
     monkeypatch.setattr(pirl_stl_train_test, "pretext_correct", all_correct)
@@ -680,7 +682,7 @@ def test_validation_takes_the_running_statistics_of_rank_0(monkeypatch):
     connection = SimpleNamespace(broadcast=take_over, all_reduce=reduced.append)
     monkeypatch.setattr(pirl_stl_train_test, "distributed", connection)
     monkeypatch.setattr(trainer, "forward_batch", forward_batch)
-    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", 2)
     result = pirl_stl_train_test.validate(trainer, uniforms, 1)
 
     assert result == ((2**24 + 1) / VALIDATION_IMAGES, 0.5)
@@ -847,7 +849,7 @@ def test_a_run_of_pretraining(call, tiny, tmp_path, monkeypatch):
         validated[epoch] = result
         events.append("validate")
 
-    note_calls(monkeypatch, module.Pretraining, "train_step", after_step)
+    note_calls(monkeypatch, module.PretrainingTrainer, "train_step", after_step)
     note_calls(monkeypatch, module, "validate", after_validation)
     knn = []
 
@@ -945,7 +947,7 @@ def make_fine_tuning(tiny, *flags, path=None, content=None):
     args = parser.parse_args([str(flag) for flag in (*tiny, *flags)])
     args.stem = "imagenet"
     args.precision = "fp32"
-    return train_stl_after_ssl.FineTuning(args, CPU, path, content or {})
+    return train_stl_after_ssl.FineTuningTrainer(args, CPU, path, content or {})
 
 
 def slow_cross_entropy(logits, labels):
@@ -1108,7 +1110,7 @@ def test_a_fold_trains_and_chooses_by_its_own_images_alone(tiny, monkeypatch):
     features = trainer.features(trainer.test_images)
     for (_, fit), found in zip(fits[:2], trainer.results["folds"], strict=True):
         layer, val_accuracy, _ = fit
-        _, accuracy = train_stl_after_ssl.evaluate(layer, features, trainer.test_labels)
+        _, accuracy = linear_probe.evaluate(layer, features, trainer.test_labels)
         assert found == (val_accuracy, accuracy)
 
 
@@ -1145,7 +1147,7 @@ def test_the_softmax_stage_lowers_its_learning_rate():
         batch_size=8,
         seed=5,
     )
-    fit = train_stl_after_ssl.fit_softmax_layer
+    fit = linear_probe.fit_softmax_layer
     _, _, history = fit(features, labels, torch.arange(20), torch.arange(20, 30), args)
     rates = [metrics["learning_rate"] for metrics in history]
     assert rates == pytest.approx([0.1] * 3 + [0.01] * 2 + [0.001])
@@ -1183,7 +1185,7 @@ def test_the_softmax_stage(tiny):
     accuracies = []
     kept = []
     for epoch in range(1, epochs + 1):
-        order, chosen = train_stl_after_ssl.epoch_order(train, 2, seed, epoch)
+        order, chosen = linear_probe.epoch_order(train, 2, seed, epoch)
         assert sorted(order.tolist()) == sorted(train.tolist())
         assert set(chosen.tolist()) == {0, 1}
         pairs = list(zip(order.tolist(), chosen.tolist(), strict=True))
@@ -1234,7 +1236,7 @@ def test_the_softmax_stage(tiny):
 
 def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     """Four epochs: order, views, learning rate, and the best average in the file."""
-    fine_tuning = train_stl_after_ssl.FineTuning
+    fine_tuning = train_stl_after_ssl.FineTuningTrainer
     indices = []
     uniforms_seen = []
     states = []

@@ -22,8 +22,9 @@ import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import IMAGE_VIEW_UNIFORMS, ImageView
 from jigsaw import Jigsaw
-from pirl_stl_train_test import Pretraining
-from run_helpers import choose_device, choose_precision, run_script
+from pirl_stl_train_test import PretrainingTrainer
+from runtime.devices import choose_device, choose_precision
+from runtime.script import run_script
 
 DEVICE = "cuda"
 NO_GPU = not torch.cuda.is_available()
@@ -49,7 +50,7 @@ def make_gpu_trainer(precision, *flags):
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     if args.images_on != "host":
         images = images.to(device)
-    return Pretraining(args, device, images, 256)
+    return PretrainingTrainer(args, device, images, 256)
 
 
 def random_batches():
@@ -102,7 +103,7 @@ def test_a_step_of_fine_tuning_never_waits_for_the_device(tiny):
     args.stem = "imagenet"
     device = choose_device(args)
     args.precision = choose_precision(args, device)
-    trainer = train_stl_after_ssl.FineTuning(args, device, None, {})
+    trainer = train_stl_after_ssl.FineTuningTrainer(args, device, None, {})
     uniforms = trainer.epoch_uniforms(1)
     batches = trainer.train_index.split(16)
     trainer.train_step(batches[0], uniforms)
@@ -184,7 +185,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(call, data_dir, tmp_path, monke
     parts_name = ["--experiment-name", "parts"]
     assert call("pirl_stl_train_test", *flags, *whole_name).status == 0
 
-    train_step = Pretraining.train_step
+    train_step = PretrainingTrainer.train_step
 
     def interrupted_step(trainer, index, uniforms, epoch, step):
         if step == 2:
@@ -192,7 +193,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(call, data_dir, tmp_path, monke
         return train_step(trainer, index, uniforms, epoch, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "train_step", interrupted_step)
+        patch.setattr(PretrainingTrainer, "train_step", interrupted_step)
         assert call("pirl_stl_train_test", *flags, *parts_name).status == 130
     outcome = call("pirl_stl_train_test", *flags, *parts_name, "--resume", "True")
     assert outcome.status == 0, outcome.err
@@ -231,7 +232,7 @@ def test_two_processes_train_on_one_card(data_dir, tmp_path):
 
 
 # ---- A rank of that test -------------------------------------------------------------
-train_step = Pretraining.train_step
+train_step = PretrainingTrainer.train_step
 init_process_group = distributed.init_process_group
 
 
@@ -253,6 +254,6 @@ def join_over_gloo(backend, device_id=None):
 
 
 if __name__ == "__main__":
-    Pretraining.train_step = watched_step
+    PretrainingTrainer.train_step = watched_step
     distributed.init_process_group = join_over_gloo
     run_script(pirl_stl_train_test.main)

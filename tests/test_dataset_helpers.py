@@ -21,7 +21,7 @@ from dataset_helpers import (
     stratified_split,
     unlabelled_folder,
 )
-from run_helpers import UserError
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 ENDINGS = [".jpg", ".PNG", ".bmp", ".tif", ".webp", ".ppm"]

@@ -313,19 +313,19 @@ def lose_weights(trainer):
     [
         (
             "pirl_stl_train_test",
-            pirl_stl_train_test.Pretraining,
+            pirl_stl_train_test.PretrainingTrainer,
             ("--knn-every", 0),
             5,
         ),
         (
             "pirl_stl_train_test",
-            pirl_stl_train_test.Pretraining,
+            pirl_stl_train_test.PretrainingTrainer,
             ("--knn-every", 0, "--loss", "nce"),
             5,
         ),
         (
             "train_stl_after_ssl",
-            train_stl_after_ssl.FineTuning,
+            train_stl_after_ssl.FineTuningTrainer,
             ("--full-fine-tune",),
             4,
         ),

@@ -182,12 +182,12 @@ def test_features_by_a_run_in_training(call, flags, extract, tmp_path, monkeypat
         assert found["features"].std(0).max() > 0
         return found
 
-    interrupt_third_step(pirl_stl_train_test.Pretraining)
+    interrupt_third_step(pirl_stl_train_test.PretrainingTrainer)
     assert call("pirl_stl_train_test", *flags).status == 130
     features_of_checkpoint()
     (tmp_path / "weights/exp.ckpt").unlink()
 
-    interrupt_third_step(train_stl_after_ssl.FineTuning)
+    interrupt_third_step(train_stl_after_ssl.FineTuningTrainer)
     assert call("train_stl_after_ssl", *flags, "--full-fine-tune").status == 130
     found = features_of_checkpoint()
     assert found["probabilities"].shape == (12, 3)

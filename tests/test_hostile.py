@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from checkpoints import read_torch_file
 from dataset_helpers import load_images
-from run_helpers import UserError
+from runtime.errors import UserError
+from runtime.files import read_torch_file
 from stl10_data_load import IMAGE_BYTES, SPLITS, check_raw
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")

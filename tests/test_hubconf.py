@@ -12,9 +12,9 @@ from PIL import Image
 import hubconf
 import models
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from checkpoints import atomic_save
 from evaluation import trunk_features
-from run_helpers import UserError
+from runtime.errors import UserError
+from runtime.files import atomic_save
 
 
 def write_image(path, seed, size=(70, 50)):

@@ -7,7 +7,7 @@ import torch
 
 from augmentations import PIXEL_MEAN, PIXEL_STD, crop_box
 from jigsaw import PRETEXT_CROP_AREA, Jigsaw, patch_places, patch_sizes
-from run_helpers import make_generator
+from runtime.randomness import make_generator
 
 # The columns of an image's random numbers.
 CROP = slice(0, 4)

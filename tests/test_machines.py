@@ -32,21 +32,18 @@ from test_ranks import run
 from torch import distributed
 
 import dataset_helpers
+import losses
 import models
 import pirl_stl_train_test
-import run_helpers
 import train_stl_after_ssl
 from dataset_helpers import check_memory, load_images, node_shared_tensor, place_images
-from pirl_stl_train_test import Pretraining
-from run_helpers import (
-    LOCAL_RANK,
-    RANK,
-    UserError,
-    choose_device,
-    choose_precision,
-    run_script,
-)
-from train_stl_after_ssl import FineTuning
+from pirl_stl_train_test import PretrainingTrainer
+from runtime import devices, randomness, ranks
+from runtime.devices import choose_device, choose_precision
+from runtime.errors import UserError
+from runtime.ranks import LOCAL_RANK, RANK
+from runtime.script import run_script
+from train_stl_after_ssl import FineTuningTrainer
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -60,8 +57,8 @@ def parse(*flags):
 
 # ---- fp16: what the tests need -------------------------------------------------------
 SCRIPTS = {
-    "pirl_stl_train_test": Pretraining,
-    "train_stl_after_ssl": FineTuning,
+    "pirl_stl_train_test": PretrainingTrainer,
+    "train_stl_after_ssl": FineTuningTrainer,
 }
 # Of a checkpoint, all that training changes.
 CHANGED = {
@@ -121,7 +118,7 @@ def make_any_trainer(script, flags, precision):
     parser = train_stl_after_ssl.make_parser()
     args = parser.parse_args([str(flag) for flag in flags])
     args.stem = "imagenet"
-    return FineTuning(args, CPU, None, {})
+    return FineTuningTrainer(args, CPU, None, {})
 
 
 def train_steps(trainer, count):
@@ -129,7 +126,7 @@ def train_steps(trainer, count):
     uniforms = trainer.epoch_uniforms(1)
     losses = []
     for step, index in enumerate(trainer.epoch_batches(1)[:count]):
-        if isinstance(trainer, Pretraining):
+        if isinstance(trainer, PretrainingTrainer):
             sum_of_losses, _ = trainer.train_step(index, uniforms, 1, step)
         else:
             sum_of_losses, _ = trainer.train_step(index, uniforms)
@@ -479,7 +476,7 @@ def test_no_note_on_precision_where_there_is_nothing_to_gain(
 @both_scripts
 def test_both_scripts_speak_of_precision(old_card, call, tiny, monkeypatch, script):
     """They end here for want of memory on the card."""
-    monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
+    monkeypatch.setattr(devices, "try_kernel", lambda device: None)
     monkeypatch.setattr(dataset_helpers, "free_memory", lambda device: 0)
     outcome = call(script, *tiny, "--device", "cuda")
     assert outcome.is_one_line_error("there is room for 0 GB")
@@ -530,7 +527,7 @@ def test_all_ranks_keep_images_in_the_same_place(memory, monkeypatch, capsys):
         meetings.append(free.item())
         free.fill_(1000)
 
-    monkeypatch.setattr(dataset_helpers, "RANKS", 2)
+    monkeypatch.setattr(dataset_helpers, "WORLD_SIZE", 2)
     monkeypatch.setattr(distributed, "all_reduce", reduce_with_a_small_card)
     memory(card=10**12)
     assert place_images("auto", 100, 36, CUDA) == CPU
@@ -572,12 +569,12 @@ def test_each_rank_of_a_node_takes_its_own_card(old_card, monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
-    monkeypatch.setattr(run_helpers, "LOCAL_RANK", 3)
+    monkeypatch.setattr(devices, "try_kernel", lambda device: None)
+    monkeypatch.setattr(ranks, "LOCAL_RANK", 3)
     assert choose_device(parse()) == torch.device("cuda", 3)
     assert current == [torch.device("cuda", 3)]
 
-    monkeypatch.setattr(run_helpers, "LOCAL_RANK", 4)
+    monkeypatch.setattr(ranks, "LOCAL_RANK", 4)
     with pytest.raises(UserError, match="local rank 4: give torchrun a smaller"):
         choose_device(parse())
 
@@ -586,7 +583,7 @@ def test_each_rank_of_a_node_takes_its_own_card(old_card, monkeypatch):
 def test_the_switches_of_deterministic(old_card, monkeypatch, wanted):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
+    monkeypatch.setattr(devices, "try_kernel", lambda device: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted)
     choose_device(parse("--deterministic", wanted))
     assert torch.are_deterministic_algorithms_enabled() == wanted
@@ -606,16 +603,16 @@ def test_what_is_made_for_a_card_is_made_there(monkeypatch):
     monkeypatch.setattr(torch, "autocast", Noted)
     monkeypatch.setattr(torch, "Generator", Noted)
     monkeypatch.setattr(torch.amp, "GradScaler", Noted)
-    assert run_helpers.autocast(CUDA, "bf16").device == "cuda"
-    assert run_helpers.make_scaler(CUDA, "fp16").device == "cuda"
-    assert run_helpers.make_generator(CUDA, 1).device == "cuda:0"
+    assert devices.autocast(CUDA, "bf16").device == "cuda"
+    assert devices.make_scaler(CUDA, "fp16").device == "cuda"
+    assert randomness.make_generator(CUDA, 1).device == "cuda:0"
 
 
 @pytest.mark.parametrize("wish", ["device", "auto"])
 def test_memory_is_stated_and_checked_before_images_are_read(
     old_card, memory, call, tiny, monkeypatch, wish
 ):
-    monkeypatch.setattr(run_helpers, "try_kernel", lambda device: None)
+    monkeypatch.setattr(devices, "try_kernel", lambda device: None)
     monkeypatch.setattr(dataset_helpers, "read_image", interrupted)
     memory(card=2**30, host=10**12 if wish == "device" else 1000)
     flags = ("--device", "cuda", "--images-on", wish)
@@ -643,7 +640,7 @@ def test_images_on_the_host_give_the_same_bits(tiny, monkeypatch):
     on_device = make_trainer(tiny)
     args = on_device.args
     images = on_device.images
-    on_host = Pretraining(args, OTHER_CPU, images.clone(), on_device.train_count)
+    on_host = PretrainingTrainer(args, OTHER_CPU, images.clone(), on_device.train_count)
     expected = train_an_epoch(on_device)
 
     empty = torch.empty
@@ -673,7 +670,7 @@ def test_compile_without_the_headers_of_python(call, tiny, tmp_path, monkeypatch
     assert outcome.is_one_line_error(f"no {header}", "python3-dev", "leave --compile")
 
     header.touch()
-    pirl_stl_train_test.check_compiler()
+    devices.check_compiler()
 
 
 @pytest.mark.parametrize("compiler", ["c++", "g++", "clang++", "/opt/gcc/bin/g++-13"])
@@ -685,15 +682,15 @@ def test_any_of_these_compilers_will_do(tmp_path, monkeypatch, compiler):
     monkeypatch.delenv("CXX", raising=False)
     if compiler.startswith("/"):
         with pytest.raises(UserError, match="--compile needs a C"):
-            pirl_stl_train_test.check_compiler()
+            devices.check_compiler()
         monkeypatch.setenv("CXX", compiler)
-    pirl_stl_train_test.check_compiler()
+    devices.check_compiler()
 
 
 # ---- Several ranks on a node ---------------------------------------------------------
 def test_free_memory_is_divided_by_the_ranks_of_a_node(data_dir, memory, monkeypatch):
     files = sorted((data_dir / "unlabelled").iterdir())
-    monkeypatch.setattr(dataset_helpers, "LOCAL_RANKS", 4)
+    monkeypatch.setattr(dataset_helpers, "LOCAL_WORLD_SIZE", 4)
     memory(card=10**12, host=HUNDRED_IMAGES)
     load_images(files, 36, CPU, "images")  # by this rank alone
 
@@ -708,7 +705,7 @@ def first_rank_of_a_node(monkeypatch, tmp_path):
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    for name, value in {"RANK": 2, "RANKS": 4, "LOCAL_RANKS": 2}.items():
+    for name, value in {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setattr(dataset_helpers, name, value)
 
     def gather(paths, path):
@@ -807,7 +804,7 @@ def seen_by(rank, folder):
 
 # ---- A rank of these tests -----------------------------------------------------------
 seen = rank_worker.seen
-pirl_loss = pirl_stl_train_test.pirl_loss
+pirl_loss = losses.pirl_loss
 load_unlabelled = dataset_helpers.load_unlabelled
 read_image = dataset_helpers.read_image
 
@@ -851,8 +848,8 @@ def touched_images(*arguments):
 def put_in(what):
     if what == "one-overflows":
         seen.update(skipped=[], scales=[], losses=0)
-        Pretraining.train_step = noted_step
-        pirl_stl_train_test.pirl_loss = overflowing_loss
+        PretrainingTrainer.train_step = noted_step
+        losses.pirl_loss = overflowing_loss
     elif what == "shared-images":
         seen.update(decoded=0)
         dataset_helpers.read_image = counted_read_image

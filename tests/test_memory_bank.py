@@ -3,7 +3,7 @@
 import torch
 
 from memory_bank import MemoryBank
-from run_helpers import make_generator
+from runtime.randomness import make_generator
 
 
 def make_bank(count=50, train_count=40, beta=0.5):

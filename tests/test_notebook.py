@@ -14,10 +14,10 @@ from records import same_results
 import extract_features
 import pictures
 import pirl_stl_train_test
-import progress
 import stl10_data_load
 import train_stl_after_ssl
-from run_helpers import UserError
+from runtime import loop
+from runtime.errors import UserError
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def in_a_thread(function, *arguments):
 
 
 def handlers():
-    return [signal.getsignal(number) for number in progress.SIGNALS]
+    return [signal.getsignal(number) for number in loop.SIGNALS]
 
 
 # ---- Arguments -----------------------------------------------------------------------
@@ -93,13 +93,13 @@ def test_in_a_thread_no_handler_is_installed(arguments, tmp_path, monkeypatch, s
     """Python allows that in the main thread alone."""
     before = handlers()
     seen = []
-    begin_epoch = progress.LoopControl.begin_epoch
+    begin_epoch = loop.LoopControl.begin_epoch
 
     def noting_begin(loop):
         seen.append(loop.handlers_before == {} and handlers() == before)
         begin_epoch(loop)
 
-    monkeypatch.setattr(progress.LoopControl, "begin_epoch", noting_begin)
+    monkeypatch.setattr(loop.LoopControl, "begin_epoch", noting_begin)
     flags = ["--experiment-name", "exp"]
     if script is train_stl_after_ssl:
         flags.append("--full-fine-tune")
@@ -119,7 +119,7 @@ def test_in_the_main_thread_the_handlers_are_put_back(arguments, monkeypatch):
         assert handlers() != before
         raise ValueError("in the middle")
 
-    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", fail)
+    monkeypatch.setattr(pirl_stl_train_test.PretrainingTrainer, "train_step", fail)
     with pytest.raises(ValueError, match="in the middle"):
         pirl_stl_train_test.main(arguments("--experiment-name", "other"))
     assert handlers() == before
@@ -128,7 +128,7 @@ def test_in_the_main_thread_the_handlers_are_put_back(arguments, monkeypatch):
 # ---- Twice in one process ------------------------------------------------------------
 def break_off(monkeypatch, which):
     """The step number `which` fails, once."""
-    train_step = pirl_stl_train_test.Pretraining.train_step
+    train_step = pirl_stl_train_test.PretrainingTrainer.train_step
     steps = []
 
     def failing(*arguments):
@@ -137,7 +137,7 @@ def break_off(monkeypatch, which):
             raise ValueError("a cell's error")
         return train_step(*arguments)
 
-    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", failing)
+    monkeypatch.setattr(pirl_stl_train_test.PretrainingTrainer, "train_step", failing)
 
 
 def test_a_run_again_after_an_error(arguments, tmp_path, monkeypatch):
@@ -180,13 +180,13 @@ def test_a_signal_ends_the_run_and_not_the_notebook(arguments, tmp_path, monkeyp
     flags = arguments("--experiment-name", "exp")
 
     with monkeypatch.context() as patch:
-        begin_epoch = progress.LoopControl.begin_epoch
+        begin_epoch = loop.LoopControl.begin_epoch
 
         def interrupt(loop):
             os.kill(os.getpid(), signal.SIGINT)
             begin_epoch(loop)
 
-        patch.setattr(progress.LoopControl, "begin_epoch", interrupt)
+        patch.setattr(loop.LoopControl, "begin_epoch", interrupt)
         with pytest.raises(SystemExit) as end:
             pirl_stl_train_test.main(flags)
     assert end.value.code == 130

@@ -12,15 +12,10 @@ from conftest import ThinResNet
 from torch import nn
 
 import hubconf
-from checkpoints import (
-    find_trunk,
-    model_type_of,
-    read_torch_file,
-    read_weights,
-    stem_of,
-)
 from models import make_trunk
-from run_helpers import UserError
+from runtime.errors import UserError
+from runtime.files import read_torch_file
+from runtime.weights import find_trunk, model_type_of, read_weights, stem_of
 
 
 def make_resnet(seed, stem="imagenet"):

@@ -47,7 +47,7 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-# ---- Pretraining ---------------------------------------------------------------------
+# ---- PretrainingTrainer ---------------------------------------------------------------------
 def test_every_image_of_a_folder_is_used(call, flags, tmp_path):
     write_mixed_folder(tmp_path / "mixed/unlabelled")
     data = ("--data-dir", tmp_path / "mixed", "--batch-size", 16)
@@ -262,7 +262,7 @@ builtins.open = io.open = without_proc
 
 import models
 from conftest import SCRIPTS, ThinResNet
-from run_helpers import run_script
+from runtime.script import run_script
 
 models.TRUNKS["res18"] = ThinResNet
 for sys.argv in json.loads(sys.argv[1]):

@@ -12,7 +12,7 @@ import pictures
 from augmentations import crop_box, normalize
 from jigsaw import CELLS, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
 from rotation import JigsawRotation, Rotation
-from run_helpers import make_generator
+from runtime.randomness import make_generator
 
 
 def plain_images(*values, side=96):

@@ -30,9 +30,9 @@ from records import (
 
 import dataset_helpers
 import pirl_stl_train_test
-import run_helpers
 from augmentations import normalize
 from evaluation import knn_accuracy
+from runtime import devices
 
 CPU = torch.device("cpu")
 WARM_START = ("--warm-start", "--cont-epoch", 2)
@@ -70,7 +70,7 @@ def test_the_summary_says_what_is_about_to_be_done(capsys, monkeypatch):
         "--positive bank\n"
     )
 
-    monkeypatch.setattr(pirl_stl_train_test, "RANKS", 2)
+    monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", 2)
     trainer.negative_count = 50
     trainer.args.tmax_for_cos_decay = 7
     pirl_stl_train_test.print_summary(trainer, types.SimpleNamespace(epoch=10))
@@ -122,13 +122,15 @@ def test_same_seed_same_weights(pretrain, tmp_path):
 
 def test_each_image_is_visited_once_per_epoch_in_another_order(pretrain, monkeypatch):
     visited = []
-    train_step = pirl_stl_train_test.Pretraining.train_step
+    train_step = pirl_stl_train_test.PretrainingTrainer.train_step
 
     def note_index(trainer, index, *rest):
         visited.append(index)
         return train_step(trainer, index, *rest)
 
-    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", note_index)
+    monkeypatch.setattr(
+        pirl_stl_train_test.PretrainingTrainer, "train_step", note_index
+    )
     assert pretrain("exp").status == 0
 
     first = torch.cat(visited[:5])
@@ -381,7 +383,7 @@ def test_precision_is_stored_resolved_and_kept(pretrain, tmp_path, monkeypatch):
     assert precision_now() == "fp32"
 
     args = pirl_stl_train_test.make_parser().parse_args([])
-    assert run_helpers.choose_precision(args, CPU) == "fp32"
+    assert devices.choose_precision(args, CPU) == "fp32"
 
 
 # ---- Warm start ----------------------------------------------------------------------
@@ -444,7 +446,9 @@ def test_a_warm_started_run_resumes_itself(pretrain, tmp_path, monkeypatch, kill
         shutil.copy(file, tmp_path / "weights")
     with monkeypatch.context() as patch:
         if killed == "before":
-            patch.setattr(pirl_stl_train_test.Pretraining, "train_step", interrupted)
+            patch.setattr(
+                pirl_stl_train_test.PretrainingTrainer, "train_step", interrupted
+            )
         else:
             signal_in_step(patch, signal.SIGINT, 1)
         assert pretrain("exp", "--lr", 0.1, *WARM_START).status == 130
@@ -588,7 +592,9 @@ def test_files_and_place_are_compared_before_the_first_step(
         compared.append(facts)
 
     monkeypatch.setattr(pirl_stl_train_test, "compare_ranks", compare_ranks)
-    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", interrupted)
+    monkeypatch.setattr(
+        pirl_stl_train_test.PretrainingTrainer, "train_step", interrupted
+    )
     assert pretrain("exp", "--resume").status == 130
     assert compared == [(), (checkpoint(tmp_path, "exp")["checksum"], 2, 2)]
 
@@ -597,7 +603,7 @@ def test_rank_0_alone_measures_logs_and_exports(pretrain, tmp_path, monkeypatch)
     def not_here(*arguments):
         raise AssertionError("that is for rank 0")
 
-    trainer_class = pirl_stl_train_test.Pretraining
+    trainer_class = pirl_stl_train_test.PretrainingTrainer
     monkeypatch.setattr(pirl_stl_train_test, "RANK", 1)
     monkeypatch.setattr(trainer_class, "train_step", lambda *_: torch.tensor([8.0, 4]))
     monkeypatch.setattr(pirl_stl_train_test, "validate", lambda *_: (1.0, 0.5))

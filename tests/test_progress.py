@@ -25,12 +25,11 @@ from records import (
     weights,
 )
 
-import checkpoints
 import pirl_stl_train_test
-import progress
 import train_stl_after_ssl
-from checkpoints import Experiment, TrainingState
-from progress import LoopControl
+from runtime import bars, ranks
+from runtime.experiment import Experiment, TrainingState
+from runtime.loop import LoopControl
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress.progress_bar(3, "reading", " images", mininterval=0) as bar:
+    with bars.progress_bar(3, "reading", " images", mininterval=0) as bar:
         bar.update(2)
 
     assert "2/3" in terminal.getvalue()
@@ -116,7 +115,7 @@ def test_an_error_in_a_thread_is_not_lost():
             raise OSError(28, "No space left on device", "2.png")
 
     with pytest.raises(OSError, match="No space"):
-        progress.in_threads(failing, range(4), "writing")
+        bars.in_threads(failing, range(4), "writing")
 
 
 def test_totals_and_averages(tmp_path):
@@ -225,7 +224,7 @@ def test_the_columns_of_time(pretrain, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, lasting)
 
-    make_it_last(pirl_stl_train_test.Pretraining, "train_step", 2)
+    make_it_last(pirl_stl_train_test.PretrainingTrainer, "train_step", 2)
     make_it_last(pirl_stl_train_test, "validate", 5)
     with monkeypatch.context() as patch:
         signal_in_step(patch, signal.SIGTERM, 8)
@@ -306,8 +305,8 @@ def test_ranks_decide_together(tmp_path, monkeypatch, rank, device, step, now, m
         assert operation == progress.distributed.ReduceOp.MAX
         wishes[0] = max(wishes[0].item(), int(signal.SIGTERM))
 
-    monkeypatch.setattr(progress, "RANKS", 3)
-    monkeypatch.setattr(progress, "RANK", rank)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 3)
+    monkeypatch.setattr(ranks, "RANK", rank)
     monkeypatch.setattr(progress.distributed, "all_reduce", all_reduce)
     loop = make_loop(tmp_path)
     loop.trainer.device = torch.device(device)
@@ -416,7 +415,7 @@ def test_a_second_signal_does_not_break_what_the_first_one_waits_for(
 
 
 def signal_in_validation(patch):
-    signal_in(patch, train_stl_after_ssl.FineTuning, "validate", signal.SIGTERM)
+    signal_in(patch, train_stl_after_ssl.FineTuningTrainer, "validate", signal.SIGTERM)
 
 
 def signal_in_results(patch):
@@ -450,8 +449,8 @@ def test_fine_tuning_keeps_a_signal_until_it_can_be_left(
 # ---- A loss that is not finite -------------------------------------------------------
 def test_a_diverged_run_keeps_its_last_checkpoint(pretrain, tmp_path, monkeypatch):
     """SIGTERM asks for a checkpoint in epoch 2, right after a step that went wrong."""
-    Pretraining = pirl_stl_train_test.Pretraining  # noqa: N806
-    train_step = Pretraining.train_step
+    PretrainingTrainer = pirl_stl_train_test.PretrainingTrainer  # noqa: N806
+    train_step = PretrainingTrainer.train_step
     checkpoints_before = []
 
     def diverging(trainer, index, uniforms, epoch, step):
@@ -463,7 +462,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(pretrain, tmp_path, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
         return totals
 
-    monkeypatch.setattr(Pretraining, "train_step", diverging)
+    monkeypatch.setattr(PretrainingTrainer, "train_step", diverging)
     outcome = pretrain("exp")
 
     place = "the loss is not finite in epoch 2, step 3 or before"
@@ -475,7 +474,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(pretrain, tmp_path, monkeypatc
 def test_divergence_is_noticed_at_the_end_of_an_epoch_at_the_latest(
     pretrain, tmp_path, monkeypatch
 ):
-    train_step = pirl_stl_train_test.Pretraining.train_step
+    train_step = pirl_stl_train_test.PretrainingTrainer.train_step
 
     def diverging(trainer, *arguments):
         totals = train_step(trainer, *arguments)
@@ -483,7 +482,7 @@ def test_divergence_is_noticed_at_the_end_of_an_epoch_at_the_latest(
             trainer.model.trunk.conv1.weight[0, 0, 0, 0] = float("inf")
         return totals
 
-    monkeypatch.setattr(pirl_stl_train_test.Pretraining, "train_step", diverging)
+    monkeypatch.setattr(pirl_stl_train_test.PretrainingTrainer, "train_step", diverging)
     outcome = pretrain("exp")
 
     assert outcome.is_one_line_error("in epoch 1, step", "there is no checkpoint yet")
@@ -532,7 +531,7 @@ def test_fine_tuning_saves_a_checkpoint_too(
 ):
     step = ("train_step", number, 2)
     with monkeypatch.context() as patch:
-        signal_in(patch, train_stl_after_ssl.FineTuning, *step)
+        signal_in(patch, train_stl_after_ssl.FineTuningTrainer, *step)
         flags = (*tiny, "--full-fine-tune", "--experiment-name", "exp")
         outcome = call("train_stl_after_ssl", *flags)
     assert outcome.status == 128 + number

@@ -19,8 +19,8 @@ from rank_worker import freeze
 from records import weights
 
 import pirl_stl_train_test
-import run_helpers
-from run_helpers import UserError
+from runtime import ranks
+from runtime.errors import UserError
 
 WORKER = ROOT / "tests/rank_worker.py"
 
@@ -197,13 +197,13 @@ def test_shares_of_less_than_two_images_are_refused(monkeypatch):
         (4, 4, False),
         (4, 8, True),
     ):
-        monkeypatch.setattr(pirl_stl_train_test, "RANKS", ranks)
+        monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", ranks)
         args = parser.parse_args(["--batch-size", str(size)])
         if accepted:
-            pirl_stl_train_test.validate_args(args, 70)
+            pirl_stl_train_test.check_after_loading(args, 70)
         else:
             with pytest.raises(UserError, match=f"--batch-size {size} .*multiple"):
-                pirl_stl_train_test.validate_args(args, 70)
+                pirl_stl_train_test.check_after_loading(args, 70)
 
 
 # ---- The end of a job ----------------------------------------------------------------
@@ -337,8 +337,8 @@ def test_bad_arguments_give_one_line_of_each_rank(tiny):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_parser_speaks_on_every_rank(monkeypatch, capsys, rank):
-    monkeypatch.setattr(run_helpers, "RANK", rank)
-    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    monkeypatch.setattr(ranks, "RANK", rank)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
     parser = pirl_stl_train_test.make_parser()
     with pytest.raises(SystemExit) as end:
         parser.parse_args(["--batch-size", "0"])

@@ -24,7 +24,7 @@ from augmentations import IMAGE_VIEW_UNIFORMS, normalize, unnormalize
 from jigsaw import Jigsaw, JigsawHead
 from pretexts import PRETEXTS
 from rotation import JigsawRotation, Rotation, quarter_turns
-from run_helpers import make_generator
+from runtime.randomness import make_generator
 
 # The columns of an image's random numbers for rotation.
 CROP = slice(0, 4)

@@ -18,20 +18,20 @@ from torch import distributed
 import extract_features
 import pictures
 import pirl_stl_train_test
-import run_helpers
 import stl10_data_load
 import train_stl_after_ssl
-from run_helpers import (
+from runtime import ranks, script
+from runtime.arguments import (
     Parser,
-    UserError,
     bool_flag,
     bounded,
-    compare_ranks,
     experiment_name,
     file_path,
     non_empty,
-    run_script,
 )
+from runtime.errors import UserError
+from runtime.ranks import compare_ranks
+from runtime.script import run_script
 
 
 # ---- The end of a script -------------------------------------------------------------
@@ -117,8 +117,8 @@ def test_standard_output_on_a_full_disk(monkeypatch, capsys):
 
 
 def test_every_rank_says_its_own_line(capsys, monkeypatch):
-    monkeypatch.setattr(run_helpers, "RANK", 3)
-    monkeypatch.setattr(run_helpers, "RANKS", 4)
+    monkeypatch.setattr(ranks, "RANK", 3)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 4)
     parser = Parser("A script.")
     with pytest.raises(SystemExit) as end:
         parser.parse_args(["--no-such-flag"])
@@ -126,7 +126,7 @@ def test_every_rank_says_its_own_line(capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.startswith("error (rank 3): unrecognized arguments: --no-such-flag: see")
     assert len(err.splitlines()) == 1
-    line = run_helpers.error_line("a\nb")
+    line = script.error_line("a\nb")
     assert line == "error (rank 3): a b"
 
 
@@ -241,14 +241,14 @@ def imported_again(monkeypatch, environment):
 
 def ranks_with(monkeypatch, environment):
     module = imported_again(monkeypatch, environment)
-    return module.RANK, module.RANKS
+    return module.RANK, module.WORLD_SIZE
 
 
 def test_the_place_on_a_node_is_the_launcher_s(monkeypatch):
     module = imported_again(monkeypatch, LAUNCHER | ON_A_NODE)
-    assert (module.LOCAL_RANK, module.LOCAL_RANKS) == (3, 4)
+    assert (module.LOCAL_RANK, module.LOCAL_WORLD_SIZE) == (3, 4)
     module = imported_again(monkeypatch, ON_A_NODE)
-    assert (module.LOCAL_RANK, module.LOCAL_RANKS) == (0, 1)
+    assert (module.LOCAL_RANK, module.LOCAL_WORLD_SIZE) == (0, 1)
 
 
 def test_a_launcher_sets_all_of_its_variables(monkeypatch):
@@ -274,18 +274,18 @@ def test_rows_are_gathered_in_the_batch_s_order(monkeypatch):
         torch.ones(1, 2, requires_grad=True),
     ]
     monkeypatch.setattr(run_helpers, "all_reduce", lambda tensor: tensor)
-    monkeypatch.setattr(run_helpers, "RANKS", 3)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 3)
     given = []
     for rank in range(3):
-        monkeypatch.setattr(run_helpers, "RANK", rank)
-        given.append(run_helpers.gather_rows(rows[rank], [2, 1, 0]))
+        monkeypatch.setattr(ranks, "RANK", rank)
+        given.append(ranks.gather_rows(rows[rank], [2, 1, 0]))
     assert sum(given).tolist() == [[1, 2], [3, 4], [5, 6]]
     sum(given).sum().backward()
     gradients = [part.grad.tolist() for part in rows]
     assert gradients == [[[1, 1], [1, 1]], [[1, 1]], [[0, 0]]]
 
-    monkeypatch.setattr(run_helpers, "RANKS", 1)
-    assert run_helpers.gather_rows(rows[0], [2]) is rows[0]
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 1)
+    assert ranks.gather_rows(rows[0], [2]) is rows[0]
 
 
 def test_how_ranks_meet(monkeypatch):
@@ -295,10 +295,10 @@ def test_how_ranks_meet(monkeypatch):
         met.append((backend, device_id))
 
     monkeypatch.setattr(distributed, "init_process_group", init_process_group)
-    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
     card = torch.device("cuda", 1)
-    run_helpers.join_ranks(card)
-    run_helpers.join_ranks(torch.device("cpu"))
+    ranks.init_distributed(card)
+    ranks.init_distributed(torch.device("cpu"))
     assert met == [("cpu:gloo,cuda:nccl", card), ("gloo", None)]
 
 
@@ -319,7 +319,7 @@ def test_a_lost_connection_ends_in_one_line_at_once(monkeypatch, capsys, error):
 
     with pytest.raises(type(error)):
         status_of(error)  # of a single process, it is a bug
-    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
     monkeypatch.setattr(os, "_exit", end_at_once)
     assert status_of(error) == 1
     assert ended == [1], "the interpreter's own end may wait"
@@ -329,7 +329,7 @@ def test_a_lost_connection_ends_in_one_line_at_once(monkeypatch, capsys, error):
 
 
 def test_rank_0_alone_prints(monkeypatch, capsys):
-    monkeypatch.setattr(run_helpers, "RANK", 1)
+    monkeypatch.setattr(ranks, "RANK", 1)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # is put back at the end
     called = []
 
@@ -352,7 +352,7 @@ def test_ranks_must_have_the_same_flags_and_files(monkeypatch):
 
     monkeypatch.setattr(run_helpers.distributed, "all_gather_object", all_gather_object)
     compare_ranks(ours, 1)  # one rank, nothing to compare
-    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
 
     everyone[:] = [(ours, (1, 2))]
     compare_ranks(ours, 1, 2)
@@ -428,11 +428,11 @@ def compare_with(monkeypatch, other_settings, other_files):
         everyone[0] = mine
         everyone[1] = (other_settings, other_files)
 
-    monkeypatch.setattr(run_helpers, "RANKS", 2)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
     gather = "all_gather_object"
     monkeypatch.setattr(run_helpers.distributed, gather, all_gather_object)
     settings = {"lr": 0.2, "batch_size": 128, "model_type": "res18"}
-    run_helpers.compare_ranks(settings, 7)
+    ranks.compare_ranks(settings, 7)
 
 
 def test_ranks_with_the_same_flags_and_files_may_begin(monkeypatch):
@@ -442,7 +442,7 @@ def test_ranks_with_the_same_flags_and_files_may_begin(monkeypatch):
 
 def test_one_process_compares_nothing(monkeypatch):
     monkeypatch.delattr(run_helpers.distributed, "all_gather_object")
-    run_helpers.compare_ranks({"lr": 0.2}, 7)
+    ranks.compare_ranks({"lr": 0.2}, 7)
 
 
 def test_the_flags_that_differ_between_ranks_are_named(monkeypatch):

@@ -15,11 +15,13 @@ import torchvision
 from PIL import Image
 
 import dataset_helpers
-import progress
+import linear_probe
+import report
 import train_stl_after_ssl
 from augmentations import normalize
 from models import make_classifier, make_trunk
-from train_stl_after_ssl import FineTuning
+from runtime import loop
+from train_stl_after_ssl import FineTuningTrainer
 
 TABLE_HEADER = (
     "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy"
@@ -60,7 +62,7 @@ def assert_same_run(tmp_path, one, other):
 
 def signal_in_step(patch, number, which):
     """The process gets a signal within its step number `which` of the full stage."""
-    train_step = FineTuning.train_step
+    train_step = FineTuningTrainer.train_step
     steps = []
 
     def disturbed(*arguments):
@@ -69,7 +71,7 @@ def signal_in_step(patch, number, which):
             os.kill(os.getpid(), number)
         return train_step(*arguments)
 
-    patch.setattr(FineTuning, "train_step", disturbed)
+    patch.setattr(FineTuningTrainer, "train_step", disturbed)
 
 
 # ---- The two stages ------------------------------------------------------------------
@@ -94,7 +96,7 @@ def test_softmax_on_cached_features_equals_training_through_the_frozen_trunk():
     views = [images, images.flip(3)]
     with torch.no_grad():
         features = torch.stack([trunk(normalize(view)) for view in views])
-    layer, accuracy_of_fit, _ = train_stl_after_ssl.fit_softmax_layer(
+    layer, accuracy_of_fit, _ = linear_probe.fit_softmax_layer(
         features, labels, train, validation, args
     )
 
@@ -117,7 +119,7 @@ def test_softmax_on_cached_features_equals_training_through_the_frozen_trunk():
         return ((batch_features - mean) / scale) @ weight.T + bias
 
     for epoch in range(1, 7):
-        order, chosen_views = train_stl_after_ssl.epoch_order(train, 2, 5, epoch)
+        order, chosen_views = linear_probe.epoch_order(train, 2, 5, epoch)
         for start in range(0, 30, 8):
             chosen = order[start : start + 8]
             chosen_view = chosen_views[start : start + 8]
@@ -250,7 +252,7 @@ def test_validation_is_the_same_for_both_stages_and_the_baseline(
 def test_a_validation_loss_that_is_not_finite_is_but_a_bad_epoch(
     call, tiny, tmp_path, monkeypatch
 ):
-    validate = FineTuning.validate
+    validate = FineTuningTrainer.validate
     results = []
 
     def overflown(trainer):
@@ -260,7 +262,7 @@ def test_a_validation_loss_that_is_not_finite_is_but_a_bad_epoch(
         results.append((loss, accuracy))
         return loss, accuracy
 
-    monkeypatch.setattr(FineTuning, "validate", overflown)
+    monkeypatch.setattr(FineTuningTrainer, "validate", overflown)
     flags = (*tiny, "--full-fine-tune", "--experiment-name", "exp")
     assert call("train_stl_after_ssl", *flags).status == 0
     assert "nan" in [metrics["val_loss"] for metrics in read_history(tmp_path, "exp")]
@@ -303,7 +305,7 @@ def test_a_resumed_run_knows_how_long_the_loss_has_not_improved(
         calls.append(1)
         return float(len(calls)), 0.5
 
-    monkeypatch.setattr(FineTuning, "validate", worse)
+    monkeypatch.setattr(FineTuningTrainer, "validate", worse)
     flags = ("--full-fine-tune", "--full-epochs", 4, "--patience-for-lr-decay", 1)
     script = ("train_stl_after_ssl", *tiny, *flags, "--experiment-name")
     assert call(*script, "whole").status == 0
@@ -320,7 +322,7 @@ def test_a_resumed_run_knows_how_long_the_loss_has_not_improved(
 
 
 def test_the_time_of_each_stage_outlives_a_break(call, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress.LoopControl, "epoch_seconds", lambda loop: 30.0)
+    monkeypatch.setattr(loop.LoopControl, "epoch_seconds", lambda loop: 30.0)
     flags = (*tiny, "--full-fine-tune", "--full-epochs", 3, "--experiment-name", "exp")
     with monkeypatch.context() as patch:
         signal_in_step(patch, signal.SIGTERM, 10)
@@ -334,7 +336,7 @@ def test_the_time_of_each_stage_outlives_a_break(call, tiny, tmp_path, monkeypat
 
 
 def test_several_ranks_are_refused(call, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_stl_after_ssl, "RANKS", 2)
+    monkeypatch.setattr(train_stl_after_ssl, "WORLD_SIZE", 2)
     outcome = call("train_stl_after_ssl", *tiny)
     assert outcome.is_one_line_error("one process", "without torchrun")
     assert not (tmp_path / "weights").exists()
@@ -378,7 +380,7 @@ def test_a_kill_after_the_steps_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FineTuning, function, interrupted)
+        patch.setattr(FineTuningTrainer, function, interrupted)
         assert call("train_stl_after_ssl", *flags, "killed").status == 130
     assert read_checkpoint(tmp_path, "killed")["training"]["step"] == 4
     assert call("train_stl_after_ssl", *flags, "killed", "--resume").status == 0
@@ -391,14 +393,14 @@ def test_a_signal_during_validation_waits_for_its_end(
 ):
     flags = (*tiny, "--full-fine-tune", "--experiment-name")
     assert call("train_stl_after_ssl", *flags, "whole").status == 0
-    validate = FineTuning.validate
+    validate = FineTuningTrainer.validate
 
     def disturbed(trainer):
         os.kill(os.getpid(), number)
         return validate(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FineTuning, "validate", disturbed)
+        patch.setattr(FineTuningTrainer, "validate", disturbed)
         outcome = call("train_stl_after_ssl", *flags, "halves")
     assert outcome.status == 128 + number
     assert "--resume True" in outcome.out
@@ -417,7 +419,7 @@ def test_a_signal_during_the_export_ends_a_run_that_is_complete(
 ):
     flags = (*tiny, "--full-fine-tune", "--experiment-name")
     assert call("train_stl_after_ssl", *flags, "whole").status == 0
-    results_table = train_stl_after_ssl.results_table
+    results_table = report.results_table
 
     def disturbed(trainer):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -14,7 +14,7 @@ from records import checkpoint, same_results, signal_in_step, weights
 
 import pretexts
 from augmentations import normalize
-from run_helpers import make_generator
+from runtime.randomness import make_generator
 
 PAGE = (ROOT / "docs/your_own_pretext.md").read_text(encoding="utf-8")
 TASK_CODE, TABLE_CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import ThinResNet
 
 import models
-from run_helpers import run_script
+from runtime.script import run_script
 
 if __name__ == "__main__":
     models.TRUNKS["res18"] = ThinResNet

@@ -1,0 +1,84 @@
+"""PIRL's loss (paper, section 2.1 and 2.2, equations 3 to 5)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def pirl_loss(image_embeddings, pretext_embeddings, memory, negatives, mask, args):
+    """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 5).
+
+    image_embeddings and pretext_embeddings [B, 128]: what the heads f and g give.
+    memory [B, 128]: the images' own rows of the bank. negatives [C, 128]: unit vectors.
+    mask [B, C] bool: True where one of these is not a negative of that image. args:
+    temp_parameter (τ), loss_weight (λ), loss and positive. Returns the loss of each
+    image, float32 [B].
+    """
+    f = F.normalize(image_embeddings.float(), dim=1)  # f(φ(I)),   [B, 128]
+    g = F.normalize(pretext_embeddings.float(), dim=1)  # g(φ(I_t)), [B, 128]
+
+    # Each image asks two queries, and both have to find m_I among the negatives. With
+    # --positive pair, g has to find f instead, and the gradient flows into both.
+    # Stacked, all queries take one product with the negatives and one backward pass.
+    g_target = f if args.positive == "pair" else memory
+    queries = torch.cat([g, f])  # [2·B, 128]
+    targets = torch.cat([g_target, memory])  # [2·B, 128]
+
+    # Cosine similarities, divided by τ: the target's first, then the negatives'.
+    positive_logits = (targets * queries).sum(1, keepdim=True)  # [2·B, 1]
+    negative_logits = queries @ negatives.T  # [2·B, C]
+    negative_logits = negative_logits.masked_fill(torch.cat([mask, mask]), -math.inf)
+    logits = torch.cat([positive_logits, negative_logits], dim=1) / args.temp_parameter
+
+    criterion = nce if args.loss == "nce" else modified_nce
+    pretext_term, image_term = criterion(logits).chunk(2)
+    return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
+
+
+def modified_nce(logits):
+    """−log h(u, w), h being a probability (equation 3).
+
+    logits [B, 1 + C]: the positive's first -> [B].
+    """
+    return -F.log_softmax(logits, dim=1)[:, 0]
+
+
+def nce(logits):
+    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equation 4).
+
+    logits [B, 1 + C]: the positive's first -> [B]. h(w, m_k) is the probability of
+    column k, with the same denominator as h(u, w).
+
+    Simply written, this is −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1). But where
+    a column's h is nearly 1, rounding loses its 1 − h. Only the largest of a row can be
+    that near, so its 1 − h is computed in another way.
+    """
+    log_h = F.log_softmax(logits, dim=1)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    is_top = columns == logits.argmax(1, keepdim=True)  # [B, 1 + C], one True in a row
+
+    # Of the largest, 1 − h is the probability of all other columns together.
+    log_others = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
+    log_not_top = log_others - logits.logsumexp(1, keepdim=True)  # [B, 1]
+
+    # Of the others, h is 1/2 at most. The largest is left out before log1p(−1) = −∞
+    # could make its gradient NaN.
+    h = log_h.masked_fill(is_top, -math.inf).exp()
+    log_not_h = torch.where(is_top, log_not_top, torch.log1p(-h))
+    # Column 0 is the positive, which has no such term.
+    return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
+
+
+@torch.no_grad()
+def pretext_correct(pretext_embeddings, memory, negatives, mask):
+    """Whether m_I is more similar to g(φ(I_t)) than every negative from the bank is.
+
+    The share of such images is the pretext accuracy. A tie does not count, or
+    embeddings that have collapsed into one would have 100 %. Shapes as in pirl_loss();
+    bool [B].
+    """
+    g = F.normalize(pretext_embeddings.float(), dim=1)
+    similarity = (memory * g).sum(1)
+    negative_similarities = (g @ negatives.T).masked_fill(mask, -math.inf)
+    return similarity > negative_similarities.amax(1) + 1e-5  # above rounding, 1e-7

@@ -102,7 +102,7 @@ class SmallMapConv2d(nn.Conv2d):
         matrix = weight.flatten(1, 2).index_select(1, self.taps)  # [out, S'·S'·4, in]
         matrix = matrix.view(-1, 4 * self.in_channels)  # [out·S'·S', 4·in]
         y = F.linear(pixels.flatten(1), matrix)  # [B, out·S'·S']
-        y = y.view(len(x), -1, 2 // stride, 2 // stride)
+        y = y.view(len(x), self.out_channels, 2 // stride, 2 // stride)
         return y.contiguous(memory_format=torch.channels_last)
 
 

@@ -127,13 +127,13 @@ def download(url, md5, raw_dir):
         reason = str(error) or type(error).__name__
         raise UserError(
             f"{url} could not be fetched ({reason})",
-            f"run this again to go on from there, or put the raw files into {raw_dir}",
+            f"run this again to continue from there, or put the raw files into {raw_dir}",
         ) from None
 
     if not md5 and url == STL10.url:
         md5 = STL10.tgz_md5
     if md5 and calculate_md5(part) != md5:
-        # Nothing can go on from a damaged file: the next run begins again.
+        # Nothing can continue from a damaged file: the next run begins again.
         part.unlink()
         raise UserError(
             f"the file at {url} is damaged or another one (its MD5 is not {md5})",
@@ -144,7 +144,7 @@ def download(url, md5, raw_dir):
 
 
 def fetch(url, part):
-    """Get `url` into the file `part`, going on from its end where the server can."""
+    """Get `url` into the file `part`, continuing from its end where the server can."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url)
     if done:
@@ -153,18 +153,21 @@ def fetch(url, part):
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        beyond_the_end = error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE
-        if not done or not beyond_the_end:
+        # Status 416: the server has no bytes from `done` on.
+        no_more_bytes = error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE
+        if not done or not no_more_bytes:
             raise
         if error.headers.get("Content-Range") == f"bytes */{done}":
-            # The last run got every byte and was killed just before it could say so.
+            # Its file ends there: the last run got every byte, and was killed just
+            # before it could say so.
             return
-        # The part is longer than the server's file, so it is of another one.
+        # Its file is shorter, so the part is of another file. Start again, once: without
+        # a part, no range is asked for, and there is no status 416.
         part.unlink()
         fetch(url, part)
         return
 
-    # A server that cannot go on sends the whole file again, with another status.
+    # A server that cannot continue sends the whole file again, with another status.
     continued = response.status == http.client.PARTIAL_CONTENT
     if continued:
         # Bytes from elsewhere, behind those that are there, would make a damaged file.

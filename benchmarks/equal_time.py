@@ -151,7 +151,7 @@ class Variant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A finished run. softmax, neighbours: pairs (validation, test) of accuracies.
+    """A finished run. softmax, knn: pairs (validation, test) of accuracies.
 
     Both are None if the run has diverged.
     """
@@ -162,7 +162,7 @@ class Result(NamedTuple):
     seconds: float
     machine: str
     softmax: tuple | None
-    neighbours: tuple | None
+    knn: tuple | None
 
 
 def best_on_seed_0(results):
@@ -201,7 +201,7 @@ def run_pirl(args, folder, seed):
         pretraining_seconds(run),
         run["machine"],
         labelled["softmax"],
-        labelled["neighbours"],
+        labelled["knn"],
     )
 
 
@@ -330,7 +330,7 @@ def run_peer(args, folder, device, variant, seed, limit):
         raise UserError(
             f"{path} was made with other settings", f"remove {folder} to run all again"
         )
-    labelled = {"softmax": None, "neighbours": None}
+    labelled = {"softmax": None, "knn": None}
     if not run["diverged"]:
         labelled = fine_tuned(args, folder, name, str(path), seed)
     return Result(
@@ -340,7 +340,7 @@ def run_peer(args, folder, device, variant, seed, limit):
         run["seconds"],
         run["machine"],
         labelled["softmax"],
-        labelled["neighbours"],
+        labelled["knn"],
     )
 
 
@@ -472,7 +472,7 @@ def summary_table(results):
             continue  # its turn has not come
         best = best_on_seed_0(own)
         runs = [result for result in own if result.variant == best]
-        knn = accuracy([run.neighbours for run in runs], TEST)
+        knn = accuracy([run.knn for run in runs], TEST)
         softmax = accuracy([run.softmax for run in runs], TEST)
         rows.append([method, knn, softmax, str(len(runs))])
     return markdown_table(rows)
@@ -502,7 +502,7 @@ def run_table(results):
                 str(result.image_count),
                 f"{result.seconds / 60:.1f}",
                 f"{result.image_count / result.seconds:.0f}",
-                accuracy([result.neighbours], TEST),
+                accuracy([result.knn], TEST),
                 accuracy([result.softmax], VALIDATION),
                 accuracy([result.softmax], TEST),
             ]

@@ -4,7 +4,7 @@
 
 It uses the torch that is installed, and for the tests pytest. Writes
 results/gpu_<card>.md, to be pasted into docs/speed.md. A part that fails is named
-there, and the rest goes on.
+there, and the rest continues.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 Each seed pretrains a trunk, then fine-tunes it and a random one. Writes
 results/<name of data-dir>.md (accuracies, times, commands, versions, device) and a
 picture of the learning curves beside it. The runs' files are under results/<name>/;
-what is finished there is not run again, and what was interrupted goes on.
+what is finished there is not run again, and what was interrupted is continued.
 """
 
 import shlex
@@ -131,7 +131,7 @@ def main(argv=None):
 def finished_run(folder, name, script, flags):
     """The content of folder/weights/<name>.pt; where it is missing, run what makes it.
 
-    A run that was interrupted goes on from its checkpoint.
+    A run that was interrupted continues from its checkpoint.
     """
     weights = folder / "weights" / f"{name}.pt"
     record = folder / f"{name}.sh"

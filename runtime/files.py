@@ -58,8 +58,10 @@ def atomic_save(content, path):
 
 def read_torch_file(path):
     """What torch.save wrote, on the CPU: nothing but tensors and plain values."""
+    is_archive = False
     try:
-        if zipfile.is_zipfile(path):
+        is_archive = zipfile.is_zipfile(path)
+        if is_archive:
             # torch.load does not look at the checksums of the archive's members.
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -72,7 +74,11 @@ def read_torch_file(path):
         # The content is not to blame for these: run_script() words them.
         raise
     except Exception as error:
-        if "Unsupported" in str(error):
+        # torch refuses a class as an unsupported global, and another pickle protocol as
+        # an unsupported operand. It says the latter of any text, too, such as a saved
+        # error page.
+        refusal = "Unsupported" if is_archive else "Unsupported global"
+        if refusal in str(error):
             raise UserError(
                 f"{path} holds more than tensors",
                 "load it yourself, and save its state_dict",

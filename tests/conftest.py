@@ -96,7 +96,7 @@ def make_trainer(flags):
     args = pirl_stl_train_test.make_parser().parse_args([str(flag) for flag in flags])
     device = torch.device("cpu")
     pirl_stl_train_test.resolve_defaults(args, device)
-    images, train_count, _ = dataset_helpers.load_unlabelled(args, device)
+    images, train_count, _ = dataset_helpers.load_unlabelled(args, device, 0)
     return pirl_stl_train_test.PretrainingTrainer(args, device, images, train_count)
 
 

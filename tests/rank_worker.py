@@ -1,11 +1,13 @@
 """pirl_stl_train_test.py for test_ranks.py, which starts it by torchrun.
 
-It runs with eyes on every step, or with a flaw:
-rank_worker.py <folder> <what> <arguments of the script>
+It runs with eyes on every step, and with what the test puts in its way:
+rank_worker.py <folder> <what,what> <arguments of the script>
 """
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,74 +23,80 @@ import models
 import pirl_stl_train_test
 from pirl_stl_train_test import PretrainingTrainer
 from runtime.errors import UserError
-from runtime.ranks import RANK, WORLD_SIZE
+from runtime.ranks import LOCAL_RANK, RANK, WORLD_SIZE
 from runtime.script import run_script
 
-train_step = PretrainingTrainer.train_step
-exported_trunk = PretrainingTrainer.exported_trunk
-validate = pirl_stl_train_test.validate
-load_unlabelled = dataset_helpers.load_unlabelled
-
 # For the test, as JSON.
-seen = {"steps": [], "buffers_equal": [], "features": 0}
+seen = {"steps": [], "buffers_equal": [], "features": 0, "decoded": 0}
 
 
+def before(owner, name, action):
+    """owner.name(…) calls action(…) with the same arguments first."""
+    function = getattr(owner, name)
+
+    def changed(*arguments):
+        action(*arguments)
+        return function(*arguments)
+
+    setattr(owner, name, changed)
+
+
+# ---- Eyes ----------------------------------------------------------------------------
 def same_on_all(tensor):
     everyone = [torch.empty_like(tensor) for _ in range(WORLD_SIZE)]
     distributed.all_gather(everyone, tensor.contiguous())
     return all(torch.equal(tensor, one) for one in everyone)
 
 
-def watched_step(trainer, index, uniforms, epoch, step):
-    totals = train_step(trainer, index, uniforms, epoch, step)
+def watch_steps():
+    """Note of each step what it did, and whether all ranks have the same after it."""
+    train_step = PretrainingTrainer.train_step
 
-    share = index.tensor_split(WORLD_SIZE)[RANK].tolist()
-    tensors = [weight.detach() for weight in trainer.model.parameters()]
-    tensors.append(trainer.bank.vectors)
-    # A list first: all ranks take part in each comparison.
-    equal = [same_on_all(tensor) for tensor in tensors]
-    seen["steps"].append({"epoch": epoch, "images": share, "equal": all(equal)})
+    def watched(trainer, index, uniforms, epoch, step):
+        weights = [weight.detach() for weight in trainer.model.parameters()]
+        old = [weight.clone() for weight in weights]
+        totals = train_step(trainer, index, uniforms, epoch, step)
 
-    kinds = {type(module) for module in trainer.network.modules()}
-    seen["synchronised"] = nn.SyncBatchNorm in kinds
-    return totals
+        # A list first: all ranks take part in each comparison.
+        equal = [same_on_all(tensor) for tensor in (*weights, trainer.bank.vectors)]
+        pairs = zip(weights, old, strict=True)
+        seen["steps"].append(
+            {
+                "epoch": epoch,
+                "images": index.tensor_split(WORLD_SIZE)[RANK].tolist(),
+                "equal": all(equal),
+                "skipped": all(new.equal(before) for new, before in pairs),
+                "scale": trainer.scaler.get_scale(),
+            }
+        )
+        kinds = {type(module) for module in trainer.parallel_model.modules()}
+        seen["synchronised"] = nn.SyncBatchNorm in kinds
+        return totals
 
-
-def watched_validate(trainer, *rest):
-    result = validate(trainer, *rest)
-    for buffer in trainer.model.buffers():
-        seen["buffers_equal"].append(same_on_all(buffer))
-    return result
-
-
-def watched_exported_trunk(trainer):
-    seen["features"] += 1
-    return exported_trunk(trainer)
-
-
-def failing_step(trainer, index, uniforms, epoch, step):
-    if RANK == 1 and step == 2:
-        raise UserError("rank 1 has a problem of its own", "solve it")
-    return train_step(trainer, index, uniforms, epoch, step)
+    PretrainingTrainer.train_step = watched
 
 
-def slow_step(*arguments):
-    time.sleep(0.2)
-    return train_step(*arguments)
+def watch_validation():
+    validate = pirl_stl_train_test.validate
+
+    def watched(trainer, *rest):
+        result = validate(trainer, *rest)
+        for buffer in trainer.model.buffers():
+            seen["buffers_equal"].append(same_on_all(buffer))
+        return result
+
+    pirl_stl_train_test.validate = watched
 
 
-def slow_validate(trainer, *rest):
-    print("validating", flush=True)
-    time.sleep(2)
-    return validate(trainer, *rest)
+def count(name):
+    def add(*arguments):
+        seen[name] += 1
+
+    return add
 
 
-def other_images(*arguments):
-    images, train_count, checksum = load_unlabelled(*arguments)
-    return images, train_count, checksum + RANK
-
-
-def freeze(patch):
+# ---- In the way ----------------------------------------------------------------------
+def frozen(patch=setattr):
     """Batch norm as in eval mode: then the batch that an image is in is of no account.
 
     patch: setattr, or alike.
@@ -105,30 +113,90 @@ def freeze(patch):
     patch(models.PIRL, "train", train)
 
 
-def put_in(what):
-    if what == "watch":
-        PretrainingTrainer.train_step = watched_step
-        PretrainingTrainer.exported_trunk = watched_exported_trunk
-        pirl_stl_train_test.validate = watched_validate
-    elif what == "one-fails":
-        PretrainingTrainer.train_step = failing_step
-    elif what == "slow":
-        PretrainingTrainer.train_step = slow_step
-    elif what == "slow-validation":
-        pirl_stl_train_test.validate = slow_validate
-    elif what == "other-images":
-        dataset_helpers.load_unlabelled = other_images
-    elif what == "frozen":
-        freeze(setattr)
+def signal_in_epoch_2():
+    """In its second step, and on rank 1 alone."""
+
+    def send(trainer, index, uniforms, epoch, step):
+        if (RANK, epoch, step) == (1, 2, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before(PretrainingTrainer, "train_step", send)
+
+
+def one_fails():
+    def fail(trainer, index, uniforms, epoch, step):
+        if RANK == 1 and step == 2:
+            raise UserError("rank 1 has a problem of its own", "solve it")
+
+    before(PretrainingTrainer, "train_step", fail)
+
+
+def one_overflows():
+    """A loss that is too large for fp16's gradients, in the third step on rank 1."""
+    pirl_loss = pirl_stl_train_test.pirl_loss
+    calls = []
+
+    def overflowing(*arguments):
+        calls.append(1)
+        losses = pirl_loss(*arguments)
+        return losses * 2.0**40 if RANK == 1 and len(calls) == 3 else losses
+
+    pirl_stl_train_test.pirl_loss = overflowing
+
+
+def slow():
+    before(PretrainingTrainer, "train_step", lambda *arguments: time.sleep(0.2))
+
+
+def slow_validation():
+    def wait(*arguments):
+        print("validating", flush=True)
+        time.sleep(2)
+
+    before(pirl_stl_train_test, "validate", wait)
+
+
+def other_images():
+    load_unlabelled = dataset_helpers.load_unlabelled
+
+    def load(*arguments):
+        images, train_count, fingerprint = load_unlabelled(*arguments)
+        fingerprint["checksum"] += RANK
+        return images, train_count, fingerprint
+
+    dataset_helpers.load_unlabelled = load
+
+
+def touched_images():
+    """Rank 1 writes into one of the images that all have loaded."""
+    load_unlabelled = dataset_helpers.load_unlabelled
+
+    def load(*arguments):
+        images, *rest = load_unlabelled(*arguments)
+        distributed.barrier()  # until both have taken the checksum
+        if LOCAL_RANK == 1:
+            images[5, 1, 7, 9] = 77
+        distributed.barrier()
+        seen["pixel"] = images[5, 1, 7, 9].item()
+        mappings = Path("/proc/self/maps").read_text().splitlines()
+        lines = [line for line in mappings if "pirl_images_" in line]
+        seen["mapped"] = len(lines) == 1 and lines[0].endswith("(deleted)")
+        return images, *rest
+
+    dataset_helpers.load_unlabelled = load
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    what = sys.argv[2]
-    sys.argv = [sys.argv[0], *sys.argv[3:]]
+    folder, what = sys.argv[1:3]
+    del sys.argv[1:3]
     models.TRUNKS["res18"] = ThinResNet
-    put_in(what)
+    watch_steps()
+    watch_validation()
+    before(PretrainingTrainer, "exported_trunk", count("features"))
+    before(dataset_helpers, "read_image", count("decoded"))
+    for name in filter(None, what.split(",")):
+        globals()[name]()
     try:
         run_script(pirl_stl_train_test.main)
     finally:
-        (folder / f"{what}_{RANK}.json").write_text(json.dumps(seen))
+        (Path(folder) / f"rank_{RANK}.json").write_text(json.dumps(seen))

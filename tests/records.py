@@ -89,7 +89,7 @@ def interrupted(*arguments):
 
 
 class Clock:
-    """In the place of `time` in progress.py: each look comes `tick` seconds later."""
+    """In the place of `time` in runtime.loop: each look comes `tick` seconds later."""
 
     def __init__(self, tick):
         self.now = 0

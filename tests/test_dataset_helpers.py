@@ -12,7 +12,6 @@ from PIL import Image
 import dataset_helpers
 from dataset_helpers import (
     class_names,
-    free_memory,
     list_images,
     load_images,
     load_labelled,
@@ -22,6 +21,7 @@ from dataset_helpers import (
     unlabelled_folder,
 )
 from runtime.errors import UserError
+from runtime.memory import free_memory
 
 CPU = torch.device("cpu")
 ENDINGS = [".jpg", ".PNG", ".bmp", ".tif", ".webp", ".ppm"]

@@ -1,9 +1,11 @@
-"""Several ranks on gloo, started by torchrun: the same training as on one process.
+"""Several ranks: what each does alone, and the training of all of them on gloo.
 
-No rank is left behind.
+torchrun starts rank_worker.py: the same training as on one process, and no rank is
+left behind.
 """
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -14,22 +16,186 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from rank_worker import freeze
-from records import weights
+from conftest import ROOT, write_raw
+from rank_worker import frozen
+from records import PARTS, checkpoint, weights
+from torch import distributed
 
 import pirl_stl_train_test
+import stl10_data_load
+import train_stl_after_ssl
 from runtime import ranks
 from runtime.errors import UserError
+from runtime.ranks import compare_ranks
 
-WORKER = ROOT / "tests/rank_worker.py"
+# ---- One rank of several -------------------------------------------------------------
+LAUNCHER = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+ON_A_NODE = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
-def launch(ranks, script, *arguments):
+def places(monkeypatch, environment):
+    """What ranks.py says of a process that is started with these of the variables."""
+    for name in LAUNCHER | ON_A_NODE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    specification = importlib.util.spec_from_file_location("again", ranks.__file__)
+    again = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(again)
+    return again.RANK, again.WORLD_SIZE, again.LOCAL_RANK, again.LOCAL_WORLD_SIZE
+
+
+def test_a_launcher_sets_all_of_its_variables(monkeypatch):
+    """Clusters leave some of them behind, which start nothing."""
+    assert places(monkeypatch, LAUNCHER | ON_A_NODE) == (1, 2, 3, 4)
+    assert places(monkeypatch, LAUNCHER) == (1, 2, 0, 1)
+    for missing in LAUNCHER:
+        some = LAUNCHER | ON_A_NODE
+        del some[missing]
+        assert places(monkeypatch, some) == (0, 1, 0, 1), missing
+
+
+def test_how_ranks_meet(monkeypatch):
+    met = []
+
+    def init_process_group(backend, device_id=None):
+        met.append((backend, device_id))
+
+    monkeypatch.setattr(distributed, "init_process_group", init_process_group)
+    card = torch.device("cuda", 1)
+    ranks.init_distributed(card)
+    assert met == [], "one process has nobody to meet"
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
+    ranks.init_distributed(card)
+    ranks.init_distributed(torch.device("cpu"))
+    assert met == [("cpu:gloo,cuda:nccl", card), ("gloo", None)]
+
+
+def test_rows_are_gathered_in_the_batch_s_order(monkeypatch):
+    """Ranks with two rows, one and none; the last one's row is a stand-in.
+
+    all_reduce() would sum what the ranks give it: here the test does. Gradients flow
+    back to the rows.
+    """
+    rows = [
+        torch.tensor([[1.0, 2], [3, 4]], requires_grad=True),
+        torch.tensor([[5.0, 6]], requires_grad=True),
+        torch.ones(1, 2, requires_grad=True),
+    ]
+    monkeypatch.setattr(ranks, "all_reduce", lambda tensor: tensor)
+    given = []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        given.append(ranks.gather_rows(rows[rank], [2, 1, 0]))
+    assert sum(given).tolist() == [[1, 2], [3, 4], [5, 6]]
+    sum(given).sum().backward()
+    gradients = [part.grad.tolist() for part in rows]
+    assert gradients == [[[1, 1], [1, 1]], [[1, 1]], [[0, 0]]]
+
+
+def test_ranks_must_have_the_same_flags_and_files(monkeypatch):
+    ours = {"lr": 0.1, "batch_size": 16, "model_type": "res18"}
+    others = {"lr": 0.2, "batch_size": 32, "model_type": "res18"}
+    everyone = []
+
+    def all_gather_object(gathered, own):
+        # As the last of three ranks.
+        gathered[:] = [*everyone, own]
+
+    compare_ranks(ours, 1)  # one rank, nothing to compare
+    monkeypatch.setattr(distributed, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(ranks, "WORLD_SIZE", 3)
+
+    same = (ours, (1, 2))
+    everyone[:] = [same, same]
+    compare_ranks(ours, 1, 2)
+    # Other flags may be why other files were read: they come first.
+    flags = r"^the ranks have different flags \(--lr, --batch-size\): start all"
+    for other in ((others, (1, 2)), (others, (1, 3))):
+        everyone[:] = [same, other]
+        with pytest.raises(UserError, match=flags):
+            compare_ranks(ours, 1, 2)
+    for other in ((ours, (1, 3)), (ours, (2, 1))):
+        everyone[:] = [same, other]
+        with pytest.raises(UserError, match="different files: give a --data-dir"):
+            compare_ranks(ours, 1, 2)
+
+
+def test_what_the_ranks_compare_and_when(call, tiny, monkeypatch):
+    """Flags before the network is made: else torch would be first, by a traceback."""
+    compared = []
+
+    def compare(settings, *facts):
+        compared.append((settings, facts))
+        if facts:
+            raise UserError("the ranks have read different files", "see")
+
+    trainer = pirl_stl_train_test.PretrainingTrainer
+
+    def note_trainer(*arguments):
+        compared.append("trainer")
+        return trainer(*arguments)
+
+    monkeypatch.setattr(pirl_stl_train_test, "compare_ranks", compare)
+    monkeypatch.setattr(pirl_stl_train_test, "PretrainingTrainer", note_trainer)
+    outcome = call("pirl_stl_train_test", *tiny, "--resume")
+    assert outcome.is_one_line_error("different files")
+
+    (settings, nothing), made, (no_settings, facts) = compared
+    assert settings["model_type"] == "res18"
+    for place in ("data_dir", "weights_dir", "observations_dir", "device"):
+        assert place not in settings, "it may differ between nodes"
+    for name in ("images_on", "experiment_name", "resume"):
+        assert name in settings, "ranks would wait for one another for ever"
+    assert (nothing, made, no_settings) == ((), "trainer", {})
+    fingerprint, epoch, step = facts
+    assert {"checksum", "files"} <= fingerprint.keys()
+    assert (epoch, step) == (1, 0)
+
+
+def test_shares_of_less_than_two_images_are_refused(monkeypatch):
+    """Their batch norm has no statistics.
+
+    A last, smaller batch may give such shares: see below.
+    """
+    parser = pirl_stl_train_test.make_parser()
+    for count, size, accepted in (
+        (2, 2, False),
+        (2, 15, False),
+        (2, 4, True),
+        (4, 4, False),
+        (4, 8, True),
+    ):
+        monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", count)
+        args = parser.parse_args(["--batch-size", str(size)])
+        if accepted:
+            pirl_stl_train_test.check_after_loading(args, 70)
+        else:
+            with pytest.raises(UserError, match=f"--batch-size {size} .*multiple"):
+                pirl_stl_train_test.check_after_loading(args, 70)
+
+
+def test_fine_tuning_refuses_several_ranks(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_stl_after_ssl, "WORLD_SIZE", 2)
+    outcome = call("train_stl_after_ssl", *tiny)
+    assert outcome.is_one_line_error("one process", "without torchrun")
+    assert not (tmp_path / "weights").exists()
+
+
+# ---- Jobs ----------------------------------------------------------------------------
+def launch(count, folder, what, *arguments):
+    """A job of so many ranks; what: names of rank_worker.py, with commas."""
     # fmt: off
     command = [
         sys.executable, "-m", "torch.distributed.run",
-        "--standalone", "--nproc-per-node", ranks, script, *arguments,
+        "--standalone", "--nproc-per-node", count,
+        ROOT / "tests/rank_worker.py", folder, what,
+        *arguments, "--experiment-name", "exp",
     ]
     # fmt: on
     environment = dict(os.environ)
@@ -54,10 +220,25 @@ def finish(process, seconds=120):
     return process.returncode, out, err
 
 
-def run(ranks, script, *arguments):
-    status, out, err = finish(launch(ranks, script, *arguments))
+def run(count, folder, what, *arguments):
+    status, out, err = finish(launch(count, folder, what, *arguments))
     assert status == 0, err
     return out
+
+
+def seen_by(count, folder):
+    """What each rank has seen."""
+    texts = [(folder / f"rank_{rank}.json").read_text() for rank in range(count)]
+    return [json.loads(text) for text in texts]
+
+
+def images_of_epoch(everyone, epoch):
+    images = []
+    for one in everyone:
+        for step in one["steps"]:
+            if step["epoch"] == epoch:
+                images += step["images"]
+    return images
 
 
 def error_lines(err):
@@ -65,71 +246,93 @@ def error_lines(err):
     return [line for line in err.splitlines() if line.startswith("error")]
 
 
-def every_line_says(err, *parts):
-    """Whether at least one rank, and no rank more than once, has said all parts.
+# ---- The same training ---------------------------------------------------------------
+@pytest.fixture
+def uneven(tmp_path, tiny):
+    """Flags of a run of 74 training images in batches of 18, the last of which has 2.
 
-    The launcher may end a rank before it has spoken.
+    With batch norm in eval mode, and gradients that are too short to be clipped: that
+    would hide a factor.
     """
-    lines = error_lines(err)
-    beginnings = [line.split(": ")[0] for line in lines]
-    assert beginnings, err
-    assert len(beginnings) == len(set(beginnings)), err
-    assert set(beginnings) <= {"error (rank 0)", "error (rank 1)"}, err
-    for line in lines:
-        for part in parts:
-            assert part in line, err
-    return True
+    write_raw(tmp_path, {"train": 11, "test": 10, "unlabelled": 106})
+    data = tmp_path / "data"
+    for split in stl10_data_load.SPLITS:
+        stl10_data_load.write_split(tmp_path / "stl10_binary", data, split)
+    # fmt: off
+    return [
+        *tiny, "--data-dir", data, "--batch-size", 18, "--knn-every", 0,
+        "--temp-parameter", 20, "--lr", 2, "--warmup-steps", 0, "--positive", "pair",
+    ]
+    # fmt: on
 
 
 def difference(a, b):
     """The largest between two exported models' parameters."""
     differences = []
-    for part in ("trunk", "head_f", "head_g"):
+    for part in PARTS:
         for name, value in a[part].items():
             if "num_batches" not in name:
-                other = b[part][name]
-                differences.append((value.double() - other.double()).abs().max())
-    return max(differences)
+                differences.append((value.double() - b[part][name]).abs().max())
+    return max(differences).item()
 
 
-def same_history(a, b):
-    for one, other in zip(a["history"], b["history"], strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
-        assert one["train_acc"] == other["train_acc"]
-        assert one["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
-    return True
-
-
-# ---- The same training ---------------------------------------------------------------
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "precision"), [(2, "bf16"), (4, "fp32")])
-def test_every_image_once_and_all_ranks_equal_after_every_step(
-    tiny, tmp_path, ranks, precision
+def test_three_ranks_and_one_process_end_where_one_process_ends(
+    call, uneven, tmp_path, monkeypatch
 ):
-    """70 images in batches of 16: the last has 6, which four ranks share unevenly."""
-    flags = (*tiny, "--precision", precision, "--experiment-name", "exp")
-    out = run(ranks, WORKER, tmp_path, "watch", *flags)
+    """A signal that one rank alone gets ends all of them, with a checkpoint.
 
-    seen = []
-    for rank in range(ranks):
-        text = (tmp_path / f"watch_{rank}.json").read_text()
-        seen.append(json.loads(text))
+    In the last step of an epoch, the ranks have one image, one and none; of the last
+    validation batch 5, 5 and 4.
+    """
+    process = launch(3, tmp_path, "frozen,signal_in_epoch_2", *uneven)
+    status, out, err = finish(process)
+    assert status != 0
+    assert not error_lines(err)
+    assert out.count("stopped in epoch 2 after step 2: continue with --resume") == 1, (
+        err
+    )
+    assert "3 ranks" in out
+    assert out.count("epoch 1/2: loss") == 1
+
+    everyone = seen_by(3, tmp_path)
+    assert sorted(images_of_epoch(everyone, 1)) == list(range(74)), "each once"
+    last = [len(one["steps"][4]["images"]) for one in everyone]
+    assert last == [1, 1, 0]
+    for one in everyone:
+        assert [step["equal"] for step in one["steps"]] == [True] * 7
+
+    frozen(monkeypatch.setattr)
+    torch.set_num_threads(1)
+    for name, resume in (("exp", "True"), ("alone", "False")):
+        flags = (*uneven, "--experiment-name", name, "--resume", resume)
+        outcome = call("pirl_stl_train_test", *flags)
+        assert outcome.status == 0, outcome.err
+    one = weights(tmp_path, "alone")
+    three = weights(tmp_path, "exp")
+    assert difference(one, three) < 1e-5
+    for a, b in zip(one["history"], three["history"], strict=True):
+        assert a["train_acc"] == b["train_acc"]
+        assert a["val_acc"] == b["val_acc"]
+        for column in ("train_loss", "val_loss"):
+            assert a[column] == pytest.approx(b[column], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path):
+    """70 images in batches of 16: the last has 6, which four ranks share unevenly."""
+    out = run(4, tmp_path, "", *tiny, "--precision", "bf16")
+    everyone = seen_by(4, tmp_path)
     for epoch in (1, 2):
-        images = []
-        for one in seen:
-            for step in one["steps"]:
-                if step["epoch"] == epoch:
-                    images += step["images"]
-        assert sorted(images) == list(range(70))
-    for one in seen:
+        assert sorted(images_of_epoch(everyone, epoch)) == list(range(70))
+    for one in everyone:
         assert [step["equal"] for step in one["steps"]] == [True] * 10
         assert one["buffers_equal"], "after validation"
         assert all(one["buffers_equal"])
         assert not one["synchronised"], "each rank normalises its own share"
-    measured = [one["features"] > 0 for one in seen]
-    assert measured == [True] + [False] * (ranks - 1), "rank 0 alone measures features"
+    measured = [one["features"] > 0 for one in everyone]
+    assert measured == [True, False, False, False], "rank 0 alone measures features"
 
-    assert f"{ranks} ranks" in out
+    assert "4 ranks" in out
     assert out.count("epoch 1/2: loss") == 1
     assert out.count("wrote ") == 1
     path = tmp_path / "observations/exp_observations.csv"
@@ -137,90 +340,39 @@ def test_every_image_once_and_all_ranks_equal_after_every_step(
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
-@pytest.fixture
-def run_alone(call, monkeypatch):
-    """run_alone(*arguments) pretrains in this process, with batch norm in eval mode."""
-    freeze(monkeypatch.setattr)
-    torch.set_num_threads(1)
-
-    def run_alone(*arguments):
-        outcome = call("pirl_stl_train_test", *arguments)
-        assert outcome.status == 0, outcome.err
-
-    return run_alone
-
-
-FROZEN = ("--lr", 0.01, "--knn-every", 0)
-
-
-def test_two_ranks_end_where_one_process_ends(run_alone, tiny, tmp_path):
-    """With batch norm in eval mode, and both views' vectors of the whole batch."""
-    flags = (*tiny, *FROZEN, "--batch-negatives", "True", "--positive", "pair")
-    run_alone(*flags, "--experiment-name", "one")
-    run(2, WORKER, tmp_path, "frozen", *flags, "--experiment-name", "two")
-
-    one = weights(tmp_path, "one")
-    two = weights(tmp_path, "two")
-    assert difference(one, two) < 1e-5
-    assert same_history(one, two)
+@pytest.mark.slow
+def test_two_ranks_skip_a_step_of_fp16_together(tiny, tmp_path):
+    """The third step overflows on rank 1 alone."""
+    run(2, tmp_path, "one_overflows", *tiny, "--precision", "fp16")
+    for one in seen_by(2, tmp_path):
+        steps = one["steps"]
+        assert [step["skipped"] for step in steps] == [n == 2 for n in range(10)]
+        assert [step["scale"] for step in steps] == [2.0**12] * 2 + [2.0**11] * 8
+        assert [step["equal"] for step in steps] == [True] * 10
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_two_ranks_to_one_and_back(run_alone, tiny, tmp_path):
-    """As if it had been on one throughout.
-
-    With batch norm in eval mode and the whole batch's vectors as negatives.
-    """
-    flags = (*tiny, *FROZEN, "--batch-negatives", "True", "--tmax-for-cos-decay", 3)
-    run_alone(*flags, "--epochs", 3, "--experiment-name", "one")
-    flags = (*flags, "--experiment-name", "changing", "--resume")
-    run(2, WORKER, tmp_path, "frozen", *flags, "--epochs", 1)
-    run_alone(*flags, "--epochs", 2)
-    run(2, WORKER, tmp_path, "frozen", *flags, "--epochs", 3)
-
-    one = weights(tmp_path, "one")
-    changing = weights(tmp_path, "changing")
-    assert difference(one, changing) < 1e-5
-    assert same_history(one, changing)
-
-
-def test_shares_of_less_than_two_images_are_refused(monkeypatch):
-    """Their batch norm has no statistics.
-
-    A last, smaller batch may give such shares: see above.
-    """
-    parser = pirl_stl_train_test.make_parser()
-    for ranks, size, accepted in (
-        (2, 2, False),
-        (2, 15, False),
-        (2, 4, True),
-        (4, 4, False),
-        (4, 8, True),
-    ):
-        monkeypatch.setattr(pirl_stl_train_test, "WORLD_SIZE", ranks)
-        args = parser.parse_args(["--batch-size", str(size)])
-        if accepted:
-            pirl_stl_train_test.check_after_loading(args, 70)
-        else:
-            with pytest.raises(UserError, match=f"--batch-size {size} .*multiple"):
-                pirl_stl_train_test.check_after_loading(args, 70)
+def test_two_ranks_share_one_tensor_that_disappears(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    run(2, tmp_path, "touched_images", *tiny)
+    everyone = seen_by(2, tmp_path)
+    for one in everyone:
+        assert one["pixel"] == 77, "which rank 1 has written"
+        assert one["mapped"], "and the file has no name any more"
+    labelled = 60  # which rank 0 alone reads, for kNN
+    assert sum(one["decoded"] for one in everyone) == 100 + labelled, "each once"
+    assert not list(folder.glob("pirl_images_*"))
 
 
 # ---- The end of a job ----------------------------------------------------------------
-# Without --epochs and the name.
-ENDLESS = (
-    *("--only-train", "--batch-size", 4, "--knn-every", 0),
-    *("--experiment-name", "exp", "--checkpoint-minutes", 0),
-)
-
-
 @pytest.fixture
 def endless(tiny, tmp_path):
-    """Two ranks in the first steps of a training that will not end by itself.
-
-    An epoch takes 5 s.
-    """
-    process = launch(2, WORKER, tmp_path, "slow", *tiny, *ENDLESS, "--epochs", 500)
+    """Two ranks in the first steps of a training that will not end by itself."""
+    flags = ("--only-train", "--batch-size", 4, "--knn-every", 0, "--epochs", 500)
+    flags = (*tiny, *flags, "--checkpoint-minutes", 0)
+    process = launch(2, tmp_path, "slow", *flags)
     deadline = time.monotonic() + 90
     while not (tmp_path / "weights/exp.ckpt").exists():
         assert process.poll() is None, process.communicate()
@@ -262,31 +414,23 @@ def test_a_killed_rank_ends_the_job(endless, rank):
     os.kill(pid_of_rank(endless, rank), signal.SIGKILL)
     status, _, err = finish(endless, 30)
     assert status != 0
-    assert len(error_lines(err)) == 1, err
-    assert error_lines(err)[0].startswith(f"error (rank {1 - rank}): another rank")
+    [line] = error_lines(err)
+    assert line.startswith(f"error (rank {1 - rank}): another rank")
 
 
 @pytest.mark.slow
-def test_sigterm_to_all_processes_checkpoints(endless, tiny, tmp_path):
+def test_sigterm_to_all_processes_checkpoints(endless, tmp_path):
     stop(endless)
     _, out, err = finish(endless, 60)
-    assert "stopped in epoch" in out, err
-    state = torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)
     assert not error_lines(err)
-    epoch = state["training"]["epoch"]
-    step = state["training"]["step"]
-    assert f"stopped in epoch {epoch} after step {step}" in out
-
-    flags = (*tiny, *ENDLESS, "--epochs", epoch, "--resume")
-    out = run(2, WORKER, tmp_path, "plain", *flags)
-    assert "going on from" in out
-    assert f"epoch {epoch}/{epoch}: loss" in out
+    state = checkpoint(tmp_path, "exp")["training"]
+    assert f"stopped in epoch {state['epoch']} after step {state['step']}" in out, err
 
 
 @pytest.mark.slow
 def test_sigterm_during_validation_checkpoints_after_it(tiny, tmp_path):
-    flags = (*tiny, "--epochs", 500, "--knn-every", 0, "--experiment-name", "exp")
-    process = launch(2, WORKER, tmp_path, "slow-validation", *flags)
+    flags = (*tiny, "--epochs", 500, "--knn-every", 0)
+    process = launch(2, tmp_path, "slow_validation", *flags)
     line = ""
     while "validating" not in line:
         line = process.stdout.readline()
@@ -295,65 +439,33 @@ def test_sigterm_during_validation_checkpoints_after_it(tiny, tmp_path):
 
     _, out, err = finish(process, 60)
     assert not error_lines(err)
-    assert "stopped after epoch 1: --resume True" in out, err
-    state = torch.load(tmp_path / "weights/exp.ckpt", weights_only=True)
-    assert state["training"]["epoch"] == 2
-    assert state["training"]["step"] == 0
-    assert len(state["training"]["history"]) == 1
+    assert "stopped after epoch 1: continue with --resume True" in out, err
+    state = checkpoint(tmp_path, "exp")["training"]
+    assert (state["epoch"], state["step"], len(state["history"])) == (2, 0, 1)
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_ends_all_with_its_line(tiny, tmp_path):
-    """The lines themselves are looked at in test_run_helpers.py."""
-    flags = (*tiny, "--experiment-name", "exp")
-    status, _, err = finish(launch(2, WORKER, tmp_path, "one-fails", *flags), 60)
+@pytest.mark.parametrize(
+    ("what", "flags", "lines"),
+    [
+        ("one_fails", (), {1: "rank 1 has a problem of its own: solve it"}),
+        ("other_images", (), {0: "different files: ", 1: "different files: "}),
+        ("", ("--data-dir", "nowhere"), {0: "nowhere", 1: "nowhere"}),
+    ],
+)
+def test_an_error_ends_all_ranks_with_a_line_of_each(
+    tiny, tmp_path, what, flags, lines
+):
+    """The launcher may end a rank before it has spoken."""
+    status, _, err = finish(launch(2, tmp_path, what, *tiny, *flags), 60)
     assert status != 0
-    lines = error_lines(err)
-    expected = "error (rank 1): rank 1 has a problem of its own: solve it"
-    assert lines.count(expected) == 1, err
-    lines.remove(expected)
-    # Rank 0 either notices, or the launcher ends it first.
-    assert len(lines) <= 1, err
-    for line in lines:
-        assert line.startswith("error (rank 0): another rank of this job has ended")
-
-
-@pytest.mark.slow
-def test_ranks_that_see_different_images_are_refused(tiny, tmp_path):
-    flags = (*tiny, "--experiment-name", "exp")
-    status, _, err = finish(launch(2, WORKER, tmp_path, "other-images", *flags), 60)
-    assert status != 0
-    assert every_line_says(err, "--data-dir", "different files")
-
-
-@pytest.mark.slow
-def test_bad_arguments_give_one_line_of_each_rank(tiny):
-    """From within the job; what the parser refuses is the next test's."""
-    script = ROOT / "pirl_stl_train_test.py"
-    status, _, err = finish(launch(2, script, *tiny, "--data-dir", "nowhere"), 60)
-    assert status != 0
-    assert every_line_says(err, "nowhere")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_parser_speaks_on_every_rank(monkeypatch, capsys, rank):
-    monkeypatch.setattr(ranks, "RANK", rank)
-    monkeypatch.setattr(ranks, "WORLD_SIZE", 2)
-    parser = pirl_stl_train_test.make_parser()
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(["--batch-size", "0"])
-    assert end.value.code == 2
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1
-    assert err.startswith(f"error (rank {rank}): ")
-    assert "--batch-size" in err
-
-
-@pytest.mark.slow
-def test_fine_tuning_refuses_several_ranks(tiny, tmp_path):
-    script = ROOT / "train_stl_after_ssl.py"
-    status, out, err = finish(launch(2, script, *tiny), 60)
-    assert status != 0
-    assert not out
-    assert every_line_says(err, "one process", "without torchrun")
-    assert not (tmp_path / "weights").exists()
+    spoken = error_lines(err)
+    speakers = [line.split(": ")[0] for line in spoken]
+    assert len(set(speakers)) == len(speakers) > 0, err
+    for rank in (0, 1):
+        expected = lines.get(rank, "another rank of this job has ended")
+        for line in spoken:
+            if line.startswith(f"error (rank {rank}): "):
+                assert expected in line, err
+    if what == "one_fails":
+        assert "error (rank 1)" in speakers

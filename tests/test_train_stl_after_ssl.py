@@ -1,825 +1,804 @@
-"""Fine-tuning: both stages, exact resumption, the table, folds and pictures."""
+"""Fine-tuning: both stages, what is written, resumption, and testing alone."""
 
+import copy
 import csv
 import os
 import re
 import shutil
 import signal
-from types import SimpleNamespace
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from conftest import ThinResNet
 from PIL import Image
+from records import checkpoint, interrupted, signal_in, table, weights
+from test_linear_probe import knn_by_hand
+from torch import nn
 
-import dataset_helpers
-import linear_probe
-import report
+import models
 import train_stl_after_ssl
-from augmentations import normalize
-from models import make_classifier, make_trunk
+from augmentations import LabelledView
+from dataset_helpers import load_labelled, read_image
 from runtime import loop
+from runtime.randomness import ORDER, VIEWS, make_generator
 from train_stl_after_ssl import FineTuningTrainer
 
 TABLE_HEADER = (
     "Fine tuning strategy | Val Classification Accuracy | Test Classification Accuracy"
 )
+# Images of each class. The folders are in natural order, with a name for every trouble;
+# three steps of at most 16 images are an epoch, and the last one is smaller.
+CLASSES = ["1", "2", "10", "b|ack", "new\nline", "once", "twice"]
+TRAIN = dict(zip(CLASSES, [14, 11, 12, 6, 3, 1, 2], strict=True))
+VALIDATED = dict(zip(CLASSES, [2, 2, 2, 1, 1, 0, 1], strict=True))  # about 16 %
+TEST = {"10": 5, "1": 13, "b|ack": 4, "twice": 1}
+FORMATS = ["png", "bmp", "tiff"]
+SIZES = [(36, 36), (50, 41), (36, 64)]
 
 
-def read_history(tmp_path, name):
-    """The CSV's rows as dicts, without what no two runs have in common."""
-    path = tmp_path / f"observations/{name}_observations.csv"
-    with open(path, newline="") as file:
-        history = list(csv.DictReader(file))
-    for metrics in history:
-        del metrics["images_per_second"]
-    return history
+def write_split(folder, sizes, seed):
+    """0.png, 1.bmp, … of each class; its colour is about that of the class."""
+    rng = np.random.default_rng(seed)
+    for name, count in sizes.items():
+        (folder / name).mkdir(parents=True)
+        colour = np.random.default_rng(CLASSES.index(name)).integers(40, 216, 3)
+        for i in range(count):
+            width, height = SIZES[i % 3]
+            pixels = colour + rng.normal(0, 40, 3) + rng.normal(0, 30, (6, 6, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            path = folder / name / f"{i}.{FORMATS[i % 3]}"
+            image.resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="module")
+def shared_zoo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo") / "data"
+    write_split(folder / "train", TRAIN, 1)
+    write_split(folder / "test", TEST, 2)
+    return folder
+
+
+@pytest.fixture
+def zoo(shared_zoo, tmp_path):
+    """A folder of its own for the test, which may change it."""
+    return shutil.copytree(shared_zoo, tmp_path / "zoo")
+
+
+@pytest.fixture
+def tune(call, tiny, zoo):
+    """tune(name, *flags) is a tiny run on the zoo: 2 epochs of 3 steps per stage."""
+
+    def tune(name, *flags):
+        run = ("--data-dir", zoo, "--experiment-name", name, *flags)
+        return call("train_stl_after_ssl", *tiny, *run)
+
+    return tune
+
+
+def stop_in_step(patch, which, number=signal.SIGTERM):
+    """The process gets a signal within its step number `which` of the full stage."""
+    signal_in(patch, FineTuningTrainer, "train_step", number, which)
 
 
 def read_results(tmp_path, name):
     return (tmp_path / f"observations/{name}_results.md").read_text()
 
 
-def read_model(tmp_path, name):
-    return torch.load(tmp_path / f"weights/{name}.pt", weights_only=True)
-
-
-def read_checkpoint(tmp_path, name):
-    return torch.load(tmp_path / f"weights/{name}.ckpt", weights_only=True)
-
-
 def assert_same_run(tmp_path, one, other):
     """Two runs have come to the same end, to the last bit."""
-    first = read_model(tmp_path, one)
-    second = read_model(tmp_path, other)
+    first = weights(tmp_path, one)
+    second = weights(tmp_path, other)
     assert first["results"] == second["results"], other
-    for name in first["trunk"]:
-        assert torch.equal(first["trunk"][name], second["trunk"][name]), name
-    assert read_history(tmp_path, one) == read_history(tmp_path, other)
+    for part in ("trunk", "softmax_layer"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
+    assert table(tmp_path, one) == table(tmp_path, other)
 
 
-def signal_in_step(patch, number, which):
-    """The process gets a signal within its step number `which` of the full stage."""
-    train_step = FineTuningTrainer.train_step
-    steps = []
-
-    def disturbed(*arguments):
-        steps.append(arguments)
-        if len(steps) == which:
-            os.kill(os.getpid(), number)
-        return train_step(*arguments)
-
-    patch.setattr(FineTuningTrainer, "train_step", disturbed)
+# ---- What is written, beside a computation of our own --------------------------------
+def network_of(content):
+    """torchvision's ResNet and a linear layer, with a model file's weights."""
+    trunk = ThinResNet()
+    trunk.fc = nn.Identity()
+    trunk.load_state_dict(content["trunk"])
+    layer = nn.Linear(64, 7)
+    if "softmax_layer" in content:
+        layer.load_state_dict(content["softmax_layer"])
+    return nn.Sequential(OrderedDict(trunk=trunk, softmax_layer=layer)).eval()
 
 
-# ---- The two stages ------------------------------------------------------------------
-def test_softmax_on_cached_features_equals_training_through_the_frozen_trunk():
-    """The same batches through the trunk at every step, with a loop of our own."""
-    torch.manual_seed(0)
-    trunk, dimension = make_trunk("res18")
-    trunk.eval()
-    images = torch.randint(0, 256, (40, 3, 48, 48), dtype=torch.uint8)
-    labels = torch.arange(40) % 10
-    train = torch.arange(30)
-    validation = torch.arange(30, 40)
-    args = SimpleNamespace(
-        lr=0.1,
-        weight_decay=5e-4,
-        patience_for_lr_decay=2,
-        epochs=6,
-        batch_size=8,
-        seed=5,
-    )
+def normal_images(content, paths):
+    images = np.stack([read_image(path, 36) for path in paths]) / 255
+    mean = np.array(content["pixel_mean"])[:, None, None]
+    std = np.array(content["pixel_std"])[:, None, None]
+    return torch.from_numpy((images - mean) / std).float()
 
-    views = [images, images.flip(3)]
+
+def labels_of(paths):
+    return np.array([CLASSES.index(path.parent.name) for path in paths])
+
+
+@torch.no_grad()
+def answers_of(content, paths):
+    """(labels, predictions) of the images of a model file's network, as numpy."""
+    logits = network_of(content)(normal_images(content, paths))
+    return labels_of(paths), logits.argmax(1).numpy()
+
+
+def class_rows(text):
+    """The rows of the table by class: lists of cells."""
+    *_, rows = text.partition("Class | Train images | ")
+    return [row.split(" | ") for row in rows.splitlines()[2:]]
+
+
+def cells_by_hand(labels, predictions, label):
+    """Number of images and accuracy of a class."""
+    own = predictions[labels == label]
+    return [str(len(own)), f"{(own == label).mean():.2%}" if len(own) else "none"]
+
+
+def test_all_that_is_written_is_of_the_exported_model(
+    tune, call, tiny, zoo, finished, tmp_path, monkeypatch
+):
+    """Of uneven classes, some of which have no test images or one training image."""
+    validated = []
+    validate = FineTuningTrainer.validate
+
+    def noting(trainer):
+        validated.append(trainer.data.images[trainer.data.val])
+        return validate(trainer)
+
+    monkeypatch.setattr(FineTuningTrainer, "validate", noting)
+    finished("pirl")
+    flags = ("--pirl-model-name", "pirl", "--full-fine-tune", "--full-epochs", 4)
+    outcome = tune("exp", *flags)
+    assert outcome.status == 0, outcome.err
+    assert f"note: once in {zoo / 'train'} has one image only" in outcome.out
+    assert "has no images of 2, new\nline, once: their test accuracy" in outcome.out
+    content = weights(tmp_path, "exp")
+    assert content["classes"] == content["class_folders"] == CLASSES
+
+    # The images that validate are named: some of each class, and the very ones.
+    val = [zoo / name for name in content["validation_images"]]
+    everything = [path for path in (zoo / "train").rglob("*.*") if path.is_file()]
+    train = sorted(set(everything) - set(val))
+    assert len(train) == 49 - 9
+    assert np.bincount(labels_of(val), minlength=7).tolist() == [*VALIDATED.values()]
+    shown = np.stack([read_image(path, 36) for path in val])
+    assert all((images.numpy() == shown).all() for images in validated)
+
+    # Accuracies.
+    test = [path for path in (zoo / "test").rglob("*.*") if path.is_file()]
+    val_labels, val_predictions = answers_of(content, val)
+    test_labels, test_predictions = answers_of(content, test)
+    val_accuracy = (val_predictions == val_labels).mean()
+    test_accuracy = (test_predictions == test_labels).mean()
+    results = content["results"]
+    assert results["full"] == pytest.approx((val_accuracy, test_accuracy))
+    lines = table(tmp_path, "exp")
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        *(("softmax", str(epoch)) for epoch in (1, 2)),
+        *(("full", str(epoch)) for epoch in (1, 2, 3, 4)),
+    ]
+    full_accuracies = [float(line["val_acc"]) for line in lines[2:]]
+    softmax_accuracies = [float(line["val_acc"]) for line in lines[:2]]
+    assert results["softmax"][0] == max(softmax_accuracies)
+    assert results["full"][0] == max(full_accuracies) > results["softmax"][0]
+
+    pretrained = weights(tmp_path, "pirl")
     with torch.no_grad():
-        features = torch.stack([trunk(normalize(view)) for view in views])
-    layer, accuracy_of_fit, _ = linear_probe.fit_softmax_layer(
-        features, labels, train, validation, args
+        trunk = network_of(pretrained).trunk
+        train_features, val_features, test_features = (
+            trunk(normal_images(content, paths)).double().numpy()
+            for paths in (train, val, test)
+        )
+    known = (train_features, labels_of(train))
+    assert results["knn"] == pytest.approx(
+        (
+            knn_by_hand(*known, val_features, val_labels),
+            knn_by_hand(*known, test_features, test_labels),
+        )
     )
 
-    # The standardisation, from its definition; a dead feature has no spread.
-    known = features[:, train].flatten(0, 1)
-    mean = known.mean(0)
-    scale = known.std(0).clamp(min=1e-5) / train_stl_after_ssl.FEATURE_STD
+    # The confusion matrix.
+    with open(tmp_path / "observations/exp_confusion.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["true class", *CLASSES]
+    for label, row in enumerate(rows):
+        own = test_predictions[test_labels == label]
+        expected = [str((own == other).sum()) for other in range(7)]
+        assert row == [CLASSES[label], *expected]
+    with Image.open(tmp_path / "observations/exp_confusion.png") as picture:
+        assert min(picture.size) > 300
 
-    weight = torch.zeros(10, dimension, requires_grad=True)
-    bias = torch.zeros(10, requires_grad=True)
-    optimizer = torch.optim.SGD([weight, bias], lr=0.1, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2)
-    best_weight = None
-    best_bias = None
-    best_accuracy = -1
+    # The tables, on screen and in the file.
+    text = read_results(tmp_path, "exp")
+    assert text.startswith("## exp\n")
+    assert "--full-fine-tune --full-epochs 4`" in text
+    title = f"PIRL trunk ({tmp_path / 'weights/pirl.pt'}), images of {zoo}:"
+    for where in (outcome.out, text):
+        assert title in where
+        for name, row in train_stl_after_ssl.results_table.__globals__[
+            "TABLE_ROWS"
+        ].items():
+            if name != "folds":
+                val_result, test_result = results[name]
+                assert f"\n{row} | {val_result:.2%} | {test_result:.2%}\n" in where
 
-    def logits_of(batch):
-        with torch.no_grad():
-            batch_features = trunk(normalize(batch))
-        return ((batch_features - mean) / scale) @ weight.T + bias
+    *rows, last = class_rows(text)
+    shown_names = [*CLASSES[:3], r"b\|ack", "new line", *CLASSES[5:]]
+    for label, row in enumerate(rows):
+        train_count = (labels_of(train) == label).sum()
+        of_val = cells_by_hand(val_labels, val_predictions, label)
+        of_test = cells_by_hand(test_labels, test_predictions, label)
+        assert row == [shown_names[label], str(train_count), *of_val, *of_test]
+    assert last[0] == "mean of the classes"
+    assert last[3].endswith(" (6 of 7 classes)")
+    assert last[5].endswith(" (4 of 7 classes)")
+    assert f"mean of the classes: validation {last[3]}, test {last[5]}" in outcome.out
 
-    for epoch in range(1, 7):
-        order, chosen_views = linear_probe.epoch_order(train, 2, 5, epoch)
-        for start in range(0, 30, 8):
-            chosen = order[start : start + 8]
-            chosen_view = chosen_views[start : start + 8]
-            batch = torch.stack(
-                [views[v][i] for i, v in zip(chosen, chosen_view, strict=True)]
-            )
-            loss = F.cross_entropy(logits_of(batch), labels[chosen])
+    # And by --evaluate, which trains nothing; a class without training is an error.
+    flags = ("--evaluate", "True", "--pirl-model-name", "exp")
+    outcome = tune("other", *flags)
+    assert outcome.status == 0, outcome.err
+    full_row = f"Full model is fine tuned | none | {results['full'][1]:.2%}"
+    assert f"exp.pt, images of {zoo}:\n\n{TABLE_HEADER}" in outcome.out
+    assert full_row in outcome.out
+    assert [row[4:] for row in class_rows(outcome.out)] == [
+        row[4:] for row in (*rows, last)
+    ]
+    assert not list(tmp_path.rglob("other*"))
+    shutil.copytree(zoo / "test/1", zoo / "test/unheard")
+    assert tune("other", *flags).is_one_line_error("unheard", "without training images")
+    shutil.rmtree(zoo / "test")
+    assert tune("other", *flags).is_one_line_error("no test images")
+
+
+@pytest.mark.parametrize("full_fine_tune", [False, True])
+def test_a_model_of_numbered_classes_is_tested_under_their_names(
+    call, tiny, data_dir, tmp_path, full_fine_tune
+):
+    """As STL-10's, which class_names.txt names."""
+    own = shutil.copytree(data_dir, tmp_path / "own")
+    names = [f"animal {10 - number}" for number in range(10)]
+    (own / "class_names.txt").write_bytes("\r\n".join(names).encode())
+    script = ("train_stl_after_ssl", *tiny, "--data-dir", own)
+    flags = ("--experiment-name", "exp", "--full-fine-tune", full_fine_tune)
+    assert call(*script, *flags).status == 0
+
+    content = weights(tmp_path, "exp")
+    assert content["classes"] == names
+    assert content["class_folders"] == [str(number) for number in range(1, 11)]
+    shutil.rmtree(own / "test/2")
+    outcome = call(*script, "--evaluate", "--pirl-model-name", "exp")
+    assert outcome.status == 0, outcome.err
+    rows = class_rows(outcome.out)
+    assert [row[0] for row in rows[:10]] == names
+    assert [row[4] for row in rows] == ["4", "0", *["4"] * 8, "36"]
+    title = "Full model" if full_fine_tune else "Only softmax layer"
+    assert f"\n{title} is fine tuned | none | " in outcome.out
+
+
+def test_what_cannot_be_tested(tune, finished):
+    outcome = tune("exp", "--evaluate")
+    assert outcome.is_one_line_error("--evaluate needs --pirl-model-name", status=2)
+    finished("pirl")
+    outcome = tune("exp", "--evaluate", "--pirl-model-name", "pirl")
+    assert outcome.is_one_line_error("pirl.pt has no softmax layer")
+
+
+# ---- The stages ----------------------------------------------------------------------
+def test_the_full_stage_by_hand(tune, finished, zoo, tmp_path):
+    """SGD on views, from the softmax layer; a moving average is validated and kept."""
+    finished("pirl")
+    flags = ("--pirl-model-name", "pirl", "--seed", 3, "--weight-decay", 0.01)
+    assert tune("soft", *flags).status == 0
+    full = ("--full-fine-tune", "--full-lr", 0.05, "--full-epochs", 5)
+    assert tune("full", *flags, *full).status == 0
+
+    start = weights(tmp_path, "soft")
+    model = network_of(start)
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01
+    )
+    data = load_labelled(zoo, 36, torch.device("cpu"), 3)
+    val_images = normal_images(
+        start, [zoo / name for name in start["validation_images"]]
+    )
+    view = LabelledView()
+    steps = 0
+    best = (start["results"]["softmax"][0], 0, start["trunk"])
+    for epoch, line in enumerate(table(tmp_path, "full")[2:], start=1):
+        order = torch.randperm(40, generator=make_generator("cpu", 3, ORDER, epoch))
+        generator = make_generator("cpu", 3, VIEWS, epoch)
+        uniforms = torch.rand(49, 7, generator=generator)
+        losses = 0.0
+        correct = 0
+        model.train()
+        for index in data.train[order].split(16):
+            logits = model(view(data.images[index].float(), uniforms[index]))
+            loss = F.cross_entropy(logits, data.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            steps += 1
+            losses += loss.item() * len(index)
+            correct += (logits.argmax(1) == data.labels[index]).sum().item()
+            decay = min(0.99, steps / (steps + 9))
+            with torch.no_grad():
+                for name, value in average.state_dict().items():
+                    if value.is_floating_point():
+                        new = model.state_dict()[name]
+                        value.copy_(decay * value + (1 - decay) * new)
 
+        average.eval()
         with torch.no_grad():
-            logits = logits_of(images[validation])
-            schedule.step(F.cross_entropy(logits, labels[validation]).item())
-            accuracy = (logits.argmax(1) == labels[validation]).float().mean().item()
-        if accuracy > best_accuracy:
-            best_weight = weight.detach().clone()
-            best_bias = bias.detach().clone()
-            best_accuracy = accuracy
+            logits = average(val_images)
+        val_loss = F.cross_entropy(logits, data.labels[data.val]).item()
+        val_accuracy = (logits.argmax(1) == data.labels[data.val]).float().mean().item()
+        columns = ("train_loss", "train_acc", "val_loss", "val_acc", "learning_rate")
+        figures = (losses / 40, correct / 40, val_loss, val_accuracy, 0.05)
+        written = [float(line[column]) for column in columns]
+        assert written == pytest.approx(figures, rel=2e-3), epoch
+        if val_accuracy > best[0]:
+            best = (val_accuracy, epoch, copy.deepcopy(average.trunk.state_dict()))
 
-    # The layer that comes back is for plain features: undo what was folded into it.
-    standard_weight = layer.weight * scale
-    standard_bias = layer.bias + layer.weight @ mean
-    torch.testing.assert_close(standard_weight, best_weight, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(standard_bias, best_bias, rtol=1e-3, atol=1e-4)
-    assert accuracy_of_fit == pytest.approx(best_accuracy)
-
-    model = make_classifier(trunk, dimension, 10).eval()
-    model.softmax_layer.load_state_dict(layer.state_dict())
-    with torch.no_grad():
-        logits = model(normalize(images))
-        expected = ((features[0] - mean) / scale) @ best_weight.T + best_bias
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    content = weights(tmp_path, "full")
+    assert content["results"]["full"][0] == pytest.approx(best[0])
+    assert 0 < best[1] < 5, "neither the first nor the last can be taken for the best"
+    for name, value in best[2].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(
+                content["trunk"][name], value, rtol=1e-2, atol=1e-3
+            )
 
 
-def test_the_trunk_is_frozen_in_the_softmax_stage_and_trained_in_the_full_one(
-    call, tiny, tmp_path
-):
-    assert call("pirl_stl_train_test", *tiny, "--experiment-name", "pirl").status == 0
-    arguments = ("train_stl_after_ssl", *tiny, "--pirl-model-name", "pirl")
-
-    outcome = call(*arguments, "--experiment-name", "soft")
+def test_the_softmax_model_is_epoch_0_of_the_full_stage(tune, finished, tmp_path):
+    """It is kept where the full stage, here at a far too high rate, spoils it."""
+    finished("pirl")
+    flags = ("--pirl-model-name", "pirl", "--epochs", 6)
+    assert tune("soft", *flags).status == 0
+    full = ("--full-fine-tune", "--full-lr", 8, "--full-epochs", 3)
+    outcome = tune("spoilt", *flags, *full)
     assert outcome.status == 0, outcome.err
-    before = read_model(tmp_path, "pirl")["trunk"]
-    softmax = read_model(tmp_path, "soft")["trunk"]
-    for name in before:
-        # Weights and running statistics.
-        assert torch.equal(before[name], softmax[name]), name
+    assert "note: no epoch of the whole network was better on validation" in outcome.out
 
-    outcome = call(*arguments, "--experiment-name", "full", "--full-fine-tune", "True")
-    assert outcome.status == 0, outcome.err
-    full = read_model(tmp_path, "full")
-    assert not torch.equal(before["conv1.weight"], full["trunk"]["conv1.weight"])
-
-    history = read_history(tmp_path, "full")
-    assert [(metrics["stage"], metrics["epoch"]) for metrics in history] == [
-        ("softmax", "1"),
-        ("softmax", "2"),
-        ("full", "1"),
-        ("full", "2"),
-    ]
-    best_accuracy = max(float(metrics["val_acc"]) for metrics in history[2:])
-    assert full["results"]["full"][0] == best_accuracy
-
-    # The table: a file per experiment.
-    assert read_results(tmp_path, "soft").count(TABLE_HEADER) == 1
-    results = read_results(tmp_path, "full")
-    assert results.count(TABLE_HEADER) == 1
-    assert "--full-fine-tune True" in results
-    for text in (outcome.out, results):
-        assert TABLE_HEADER in text
-        trunk_name = f"PIRL trunk ({tmp_path / 'weights/pirl.pt'})"
-        assert f"{trunk_name}, images of {tiny[1]}:" in text
-        titles = {
-            "softmax": "Only softmax layer is fine tuned",
-            "full": "Full model is fine tuned",
-        }
-        for name, title in titles.items():
-            validation, test = full["results"][name]
-            assert f"\n{title} | {validation:.2%} | {test:.2%}\n" in text
+    soft = weights(tmp_path, "soft")
+    spoilt = weights(tmp_path, "spoilt")
+    before = weights(tmp_path, "pirl")["trunk"]
+    for name, value in spoilt["trunk"].items():
+        # Weights and batch-norm statistics, which the softmax stage leaves alone.
+        assert torch.equal(value, soft["trunk"][name]), name
+        assert torch.equal(value, before[name]), name
+    for name, value in spoilt["softmax_layer"].items():
+        assert torch.equal(value, soft["softmax_layer"][name]), name
+    results = spoilt["results"]
+    assert results["full"] == pytest.approx(results["softmax"])
+    assert results["softmax"] == soft["results"]["softmax"]
+    paths = [tmp_path / "zoo" / name for name in spoilt["validation_images"]]
+    labels, predictions = answers_of(spoilt, paths)
+    assert (labels == predictions).mean() == pytest.approx(results["full"][0])
+    # It was no draw: the full stage did spoil the network.
+    accuracies = [float(line["val_acc"]) for line in table(tmp_path, "spoilt")[6:]]
+    assert len(accuracies) == 3
+    assert max(accuracies) < results["full"][0]
 
 
-def test_the_reported_accuracy_is_that_of_the_written_weights(
-    call, tiny, tmp_path, data_dir
+@pytest.mark.parametrize(
+    ("validation_rises", "rates"),
+    [(True, [0.03, 0.03, 0.03, 0.003]), (False, [0.03] * 4)],
+)
+def test_the_rate_falls_by_the_validation_loss_and_a_break_is_not_forgotten(
+    tune, tmp_path, monkeypatch, validation_rises, rates
 ):
-    epochs = ("--epochs", 4, "--full-epochs", 3)
-    flags = (*tiny, "--full-fine-tune", "--experiment-name", "base", *epochs)
-    outcome = call("train_stl_after_ssl", *flags)
-    assert outcome.status == 0, outcome.err
-    stages = [metrics["stage"] for metrics in read_history(tmp_path, "base")]
-    assert stages == ["softmax"] * 4 + ["full"] * 3
-    assert "random trunk, images of" in outcome.out
+    """The training loss moves the other way. The break is between two bad epochs."""
+    calls = []
+    end_epoch = loop.LoopControl.end_epoch
+    sign = 1 if validation_rises else -1
 
-    saved = read_model(tmp_path, "base")
-    trunk, dimension = make_trunk("res18")
-    model = make_classifier(trunk, dimension, 10).eval()
-    trunk.load_state_dict(saved["trunk"])
-    model.softmax_layer.load_state_dict(saved["softmax_layer"])
+    def validate(trainer):
+        calls.append(1)
+        return 10.0 + sign * len(calls), 0.5
 
-    cpu = torch.device("cpu")
-    images, labels, *_ = dataset_helpers.load_labelled(data_dir / "test", 36, cpu)
-    with torch.no_grad():
-        predictions = model(normalize(images)).argmax(1)
-    accuracy = (predictions == labels).float().mean().item()
-    assert accuracy == pytest.approx(saved["results"]["full"][1], abs=1e-6)
+    def end(control):
+        _, accuracy = end_epoch(control)
+        return 10.0 - sign * control.state.epoch, accuracy
 
+    monkeypatch.setattr(FineTuningTrainer, "validate", validate)
+    monkeypatch.setattr(loop.LoopControl, "end_epoch", end)
+    flags = ("--full-fine-tune", "--full-epochs", 4, "--patience-for-lr-decay", 1)
+    assert tune("whole", *flags).status == 0
+    shown = [float(line["learning_rate"]) for line in table(tmp_path, "whole")[2:]]
+    assert shown == pytest.approx(rates)
 
-def test_validation_is_the_same_for_both_stages_and_the_baseline(
-    call, tiny, monkeypatch
-):
-    flags = (*tiny, "--epochs", 1, "--experiment-name", "pirl")
-    assert call("pirl_stl_train_test", *flags).status == 0
-    stratified_split = dataset_helpers.stratified_split
-    splits = []
-
-    def recorded(*arguments):
-        splits.append(stratified_split(*arguments))
-        return splits[-1]
-
-    monkeypatch.setattr(dataset_helpers, "stratified_split", recorded)
-    full = ("train_stl_after_ssl", *tiny, "--full-fine-tune", "--experiment-name")
-    assert call(*full, "a").status == 0
-    assert call(*full, "b", "--pirl-model-name", "pirl").status == 0
-    assert len(splits) == 2, "one split per run, for both of its stages"
-    validation_of_baseline = splits[0][1]
-    validation_of_pretrained = splits[1][1]
-    assert validation_of_baseline.equal(validation_of_pretrained)
+    calls.clear()
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 8)  # in the third epoch
+        assert tune("halves", *flags).status == 143
+    assert tune("halves", *flags, "--resume").status == 0
+    assert_same_run(tmp_path, "whole", "halves")
 
 
 def test_a_validation_loss_that_is_not_finite_is_but_a_bad_epoch(
-    call, tiny, tmp_path, monkeypatch
+    tune, tmp_path, monkeypatch
 ):
     validate = FineTuningTrainer.validate
     results = []
 
     def overflown(trainer):
         loss, accuracy = validate(trainer)
-        if not results:
-            loss = float("nan")
-        results.append((loss, accuracy))
-        return loss, accuracy
+        results.append(accuracy)
+        return (float("nan") if len(results) == 1 else loss), accuracy
 
     monkeypatch.setattr(FineTuningTrainer, "validate", overflown)
-    flags = (*tiny, "--full-fine-tune", "--experiment-name", "exp")
-    assert call("train_stl_after_ssl", *flags).status == 0
-    assert "nan" in [metrics["val_loss"] for metrics in read_history(tmp_path, "exp")]
-    assert call("train_stl_after_ssl", *flags, "--resume").status == 0
+    assert tune("exp", "--full-fine-tune").status == 0
+    losses = [line["val_loss"] for line in table(tmp_path, "exp")]
+    assert [loss == "nan" for loss in losses] == [False, False, True, False]
+    assert tune("exp", "--full-fine-tune", "--resume").status == 0
 
 
-# ---- Resumption ----------------------------------------------------------------------
-def test_resume_is_exact_from_any_step(call, tiny, tmp_path, monkeypatch):
-    """4 steps per epoch: stopped within one, at the end of one, and in the last one."""
-    epochs = ("--epochs", 3)
-    script = ("train_stl_after_ssl", *tiny, *epochs)
-    full = (*script, "--full-fine-tune")
-    assert call(*full, "--experiment-name", "whole").status == 0
-
-    stops = [(signal.SIGINT, 2), (signal.SIGTERM, 4), (signal.SIGINT, 11)]
-    for number, which in stops:
-        name = ("--experiment-name", f"halves_{which}")
-        with monkeypatch.context() as patch:
-            signal_in_step(patch, number, which)
-            outcome = call(*full, *name)
-        assert outcome.status == 128 + number
-        assert "--resume True" in outcome.out
-
-        # The full stage cannot be left out once it has begun.
-        outcome = call(*script, *name, "--full-fine-tune", "False", "--resume")
-        assert outcome.is_one_line_error("full stage", "--full-fine-tune True")
-
-        outcome = call(*full, *name, "--resume")
-        assert outcome.status == 0, outcome.err
-        assert_same_run(tmp_path, "whole", f"halves_{which}")
-
-
-def test_a_resumed_run_knows_how_long_the_loss_has_not_improved(
-    call, tiny, tmp_path, monkeypatch
-):
-    """Two bad epochs, one on each side of the break, lower the learning rate."""
-    calls = []
-
-    def worse(trainer):
-        calls.append(1)
-        return float(len(calls)), 0.5
-
-    monkeypatch.setattr(FineTuningTrainer, "validate", worse)
-    flags = ("--full-fine-tune", "--full-epochs", 4, "--patience-for-lr-decay", 1)
-    script = ("train_stl_after_ssl", *tiny, *flags, "--experiment-name")
-    assert call(*script, "whole").status == 0
-    full_stage = read_history(tmp_path, "whole")[2:]
-    rates = [float(metrics["learning_rate"]) for metrics in full_stage]
-    assert rates == pytest.approx([0.03, 0.03, 0.03, 0.003])
-
-    calls.clear()
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, signal.SIGTERM, 10)  # in the third epoch
-        assert call(*script, "halves").status == 143
-    assert call(*script, "halves", "--resume").status == 0
-    assert_same_run(tmp_path, "whole", "halves")
-
-
-def test_the_time_of_each_stage_outlives_a_break(call, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.LoopControl, "epoch_seconds", lambda loop: 30.0)
-    flags = (*tiny, "--full-fine-tune", "--full-epochs", 3, "--experiment-name", "exp")
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, signal.SIGTERM, 10)
-        assert call("train_stl_after_ssl", *flags).status == 143
-    before = read_checkpoint(tmp_path, "exp")["seconds"]
-    assert before["softmax"] > 0
-
-    assert call("train_stl_after_ssl", *flags, "--resume").status == 0
-    seconds = read_model(tmp_path, "exp")["seconds"]
-    assert seconds == {"softmax": before["softmax"], "full": 90.0}
-
-
-def test_several_ranks_are_refused(call, tiny, tmp_path, monkeypatch):
+def test_several_ranks_are_refused(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(train_stl_after_ssl, "WORLD_SIZE", 2)
-    outcome = call("train_stl_after_ssl", *tiny)
-    assert outcome.is_one_line_error("one process", "without torchrun")
+    assert tune("exp").is_one_line_error("one process", "without torchrun")
     assert not (tmp_path / "weights").exists()
 
 
-def test_flags_that_are_left_out_keep_the_values_of_the_checkpoint(
-    call, tiny, tmp_path, monkeypatch
-):
-    settings = ("--full-fine-tune", "--lr", 0.1, "--full-epochs", 3, "--seed", 7)
-    script = ("train_stl_after_ssl", *tiny)
-    assert call(*script, *settings, "--experiment-name", "whole").status == 0
+# ---- Resumption ----------------------------------------------------------------------
+def test_resume_is_exact_from_any_step(tune, tmp_path, monkeypatch):
+    """Stopped within an epoch, at the end of one, and in the last one."""
+    full = ("--epochs", 3, "--full-fine-tune")
+    assert tune("whole", *full).status == 0
+    for number, which in ((signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGINT, 8)):
+        name = f"halves_{which}"
+        with monkeypatch.context() as patch:
+            stop_in_step(patch, which, number)
+            outcome = tune(name, *full)
+        assert outcome.status == 128 + number
+        assert "continue with --resume True" in outcome.out
 
-    name = ("--experiment-name", "halves")
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, signal.SIGTERM, 6)
-        assert call(*script, *settings, *name).status == 143
-    checkpoint = read_checkpoint(tmp_path, "halves")
-    assert checkpoint["full_steps"] == 6
-    assert checkpoint["training"]["epoch"] == 2
-    assert checkpoint["training"]["step"] == 2
-    assert checkpoint["results"].keys() == {"softmax", "neighbours"}
-    assert checkpoint["best"]["epoch"] == 1
+        # The full stage cannot be left out once it has begun.
+        outcome = tune(name, "--full-fine-tune", "False", "--resume")
+        assert outcome.is_one_line_error("full stage", "--full-fine-tune True")
 
-    # What a checkpoint does not keep: --data-dir, the folders of files, --device.
-    places = (*tiny[:2], *tiny[-4:], "--device", "cpu")
-    outcome = call("train_stl_after_ssl", *places, *name, "--resume")
-    assert outcome.status == 0, outcome.err
-    assert_same_run(tmp_path, "whole", "halves")
+        outcome = tune(name, *full, "--resume")
+        assert outcome.status == 0, outcome.err
+        assert_same_run(tmp_path, "whole", name)
 
 
-@pytest.mark.parametrize("function", ["validate", "use_best_epoch"])
-def test_a_kill_after_the_steps_loses_nothing(
-    call, tiny, tmp_path, monkeypatch, function
-):
+@pytest.mark.parametrize("function", ["validate", "finished_model"])
+def test_a_kill_after_the_steps_loses_nothing(tune, tmp_path, monkeypatch, function):
     """Every epoch's checkpoint is written before validation."""
-    often = ("--checkpoint-minutes", 0)
-    flags = (*tiny, "--full-fine-tune", *often, "--experiment-name")
-    assert call("train_stl_after_ssl", *flags, "whole").status == 0
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
+    flags = ("--full-fine-tune", "--checkpoint-minutes", 0)
+    assert tune("whole", *flags).status == 0
     with monkeypatch.context() as patch:
         patch.setattr(FineTuningTrainer, function, interrupted)
-        assert call("train_stl_after_ssl", *flags, "killed").status == 130
-    assert read_checkpoint(tmp_path, "killed")["training"]["step"] == 4
-    assert call("train_stl_after_ssl", *flags, "killed", "--resume").status == 0
+        assert tune("killed", *flags).status == 130
+    assert checkpoint(tmp_path, "killed")["training"]["step"] == 3
+    assert tune("killed", *flags, "--resume").status == 0
     assert_same_run(tmp_path, "whole", "killed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_validation_waits_for_its_end(
-    call, tiny, tmp_path, monkeypatch, number
+    tune, tmp_path, monkeypatch, number
 ):
-    flags = (*tiny, "--full-fine-tune", "--experiment-name")
-    assert call("train_stl_after_ssl", *flags, "whole").status == 0
-    validate = FineTuningTrainer.validate
-
-    def disturbed(trainer):
-        os.kill(os.getpid(), number)
-        return validate(trainer)
-
+    assert tune("whole", "--full-fine-tune").status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(FineTuningTrainer, "validate", disturbed)
-        outcome = call("train_stl_after_ssl", *flags, "halves")
+        signal_in(patch, FineTuningTrainer, "validate", number)
+        outcome = tune("halves", "--full-fine-tune")
     assert outcome.status == 128 + number
-    assert "--resume True" in outcome.out
-    training = read_checkpoint(tmp_path, "halves")["training"]
-    assert training["epoch"] == 2
-    assert training["step"] == 0
-    assert len(training["history"]) == 3, "two epochs of the softmax layer, a full one"
-    assert read_history(tmp_path, "halves") == read_history(tmp_path, "whole")[:3]
-
-    assert call("train_stl_after_ssl", *flags, "halves", "--resume").status == 0
+    training = checkpoint(tmp_path, "halves")["training"]
+    assert (training["epoch"], training["step"]) == (2, 0)
+    assert table(tmp_path, "halves") == table(tmp_path, "whole")[:3]
+    assert tune("halves", "--full-fine-tune", "--resume").status == 0
     assert_same_run(tmp_path, "whole", "halves")
 
 
 def test_a_signal_during_the_export_ends_a_run_that_is_complete(
-    call, tiny, tmp_path, monkeypatch
+    tune, tmp_path, monkeypatch
 ):
-    flags = (*tiny, "--full-fine-tune", "--experiment-name")
-    assert call("train_stl_after_ssl", *flags, "whole").status == 0
-    results_table = report.results_table
+    with monkeypatch.context() as patch:
+        signal_in(patch, train_stl_after_ssl, "results_table", signal.SIGTERM)
+        assert tune("exp", "--full-fine-tune").status == 143
+    assert TABLE_HEADER in read_results(tmp_path, "exp")
+    before = weights(tmp_path, "exp")
+    assert tune("exp", "--full-fine-tune", "--resume").status == 0
+    assert weights(tmp_path, "exp")["results"] == before["results"]
 
-    def disturbed(trainer):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return results_table(trainer)
 
-    monkeypatch.setattr(train_stl_after_ssl, "results_table", disturbed)
-    assert call("train_stl_after_ssl", *flags, "disturbed").status == 143
-    assert TABLE_HEADER in read_results(tmp_path, "disturbed")
-    assert_same_run(tmp_path, "whole", "disturbed")
+def test_the_time_of_each_stage_outlives_a_break(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.LoopControl, "epoch_seconds", lambda loop: 30.0)
+    flags = ("--full-fine-tune", "--full-epochs", 3)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 8)
+        assert tune("exp", *flags).status == 143
+    before = checkpoint(tmp_path, "exp")["seconds"]
+    assert before["softmax"] > 0
+    assert before["full"] == 60.0
+    assert tune("exp", *flags, "--resume").status == 0
+    seconds = weights(tmp_path, "exp")["seconds"]
+    assert seconds == {"softmax": before["softmax"], "full": 90.0}
+
+
+def test_a_resumed_run_has_its_settings_and_its_trunk_in_the_checkpoint(
+    call, tune, tiny, zoo, finished, tmp_path, monkeypatch
+):
+    """The pretrained file has moved, and all flags but those of places are left out."""
+    finished("pirl")
+    settings = ("--full-fine-tune", "--lr", 0.1, "--full-epochs", 3, "--seed", 7)
+    settings += ("--pirl-model-name", "pirl")
+    assert tune("whole", *settings).status == 0
+    title = f"PIRL trunk ({tmp_path / 'weights/pirl.pt'})"
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 5)
+        for name in ("moved", "renamed", "soft"):
+            flags = settings[1:] if name == "soft" else settings
+            status = 0 if name == "soft" else 143
+            assert tune(name, *flags).status == status
+            patch.undo()
+            stop_in_step(patch, 5)
+    saved = checkpoint(tmp_path, "moved")
+    assert saved["full_steps"] == 5
+    assert (saved["training"]["epoch"], saved["training"]["step"]) == (2, 2)
+    assert saved["results"].keys() == {"softmax", "knn"}
+    assert saved["best"]["epoch"] in (0, 1)
+
+    os.rename(tmp_path / "weights/pirl.pt", tmp_path / "weights/new.pt")
+    places = (*tiny[-4:], "--device", "cpu", "--data-dir", zoo, "--resume")
+    script = ("train_stl_after_ssl", *places, "--experiment-name")
+    resumed = [
+        call(*script, "moved"),
+        call(*script, "renamed", "--pirl-model-name", "new"),
+        call(*script, "soft", "--full-fine-tune"),  # from the end of the first stage
+    ]
+    for name, outcome in zip(("moved", "renamed", "soft"), resumed, strict=True):
+        assert outcome.status == 0, outcome.err
+        assert_same_run(tmp_path, "whole", name)
+        assert title in read_results(tmp_path, name)
+
+
+def test_more_epochs_go_on_and_fewer_change_nothing(tune, tmp_path):
+    """Epochs of the full stage; the file says how many it is of."""
+    full = ("--full-fine-tune", "--full-epochs")
+    assert tune("whole", *full, 3).status == 0
+    assert tune("exp", *full, 1).status == 0
+    outcome = tune("exp", *full, 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: --full-epochs was 1, is 3" in outcome.out
+    assert_same_run(tmp_path, "whole", "exp")
+    assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 3
+
+    outcome = tune("exp", *full, 2, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: 3 epochs are done already, so --full-epochs is 3" in outcome.out
+    assert_same_run(tmp_path, "whole", "exp")
+    assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 3
+
+
+@pytest.mark.parametrize("full", [(), ("--full-fine-tune",)])
+def test_test_images_that_come_later_or_change_are_tested_anew(
+    tune, zoo, tmp_path, full
+):
+    assert tune("whole", *full, "--folds", "False").status == 0
+    shutil.move(zoo / "test", tmp_path / "test")
+    outcome = tune("exp", *full)
+    assert outcome.status == 0, outcome.err
+    assert all(test is None for _, test in weights(tmp_path, "exp")["results"].values())
+    # Without them, the confusion is that of validation.
+    with open(tmp_path / "observations/exp_confusion.csv", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    counts = [sum(int(cell) for cell in row[1:]) for row in rows]
+    assert counts == [*VALIDATED.values()]
+
+    shutil.move(tmp_path / "test", zoo / "test")
+    assert tune("exp", *full, "--resume").status == 0
+    assert_same_run(tmp_path, "whole", "exp")
+    before = read_results(tmp_path, "whole").splitlines()
+    assert read_results(tmp_path, "exp").splitlines()[4:] == before[4:]
+
+    for path in (zoo / "test/1").iterdir():
+        path.unlink()
+    outcome = tune("exp", *full, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert f"note: {zoo / 'test/1'} holds no images and is left out" in outcome.out
+    results = weights(tmp_path, "exp")["results"]
+    assert results != weights(tmp_path, "whole")["results"]
+    assert tune("other", *full).status == 0
+    assert_same_run(tmp_path, "other", "exp")
 
 
 def test_the_full_stage_may_have_settings_of_its_own_until_it_begins(
-    call, tiny, tmp_path, monkeypatch
+    tune, tmp_path, monkeypatch
 ):
-    script = ("train_stl_after_ssl", *tiny, "--experiment-name", "exp", "--resume")
-    assert call(*script).status == 0
-    softmax_result = read_model(tmp_path, "exp")["results"]["softmax"]
+    assert tune("exp").status == 0
+    softmax_result = weights(tmp_path, "exp")["results"]["softmax"]
 
-    full = (*script, "--full-fine-tune", "--full-epochs", 1, "--full-lr")
+    def full(rate):
+        flags = ("--resume", "--full-fine-tune", "--full-epochs", 1)
+        return tune("exp", *flags, "--full-lr", rate)
+
     with monkeypatch.context() as patch:
-        signal_in_step(patch, signal.SIGTERM, 1)
-        assert call(*full, 0.003).status == 143
-    assert call(*full, 0.1).is_one_line_error("--full-lr was 0.003, is 0.1")
-    assert call(*full, 0.003).status == 0
-
-    state = read_model(tmp_path, "exp")
-    assert state["results"]["softmax"] == softmax_result
-    assert state["settings"]["full_lr"] == 0.003
-    full_epochs = state["history"][2:]
-    assert len(full_epochs) == 1
-    assert full_epochs[0]["stage"] == "full"
-    assert full_epochs[0]["learning_rate"] == 0.003
-    assert call(*full, 0.1).is_one_line_error("--full-lr was 0.003, is 0.1")
+        stop_in_step(patch, 1)
+        assert full(0.003).status == 143
+    assert full(0.1).is_one_line_error("--full-lr was 0.003, is 0.1")
+    assert full(0.003).status == 0
+    content = weights(tmp_path, "exp")
+    assert content["results"]["softmax"] == softmax_result
+    assert content["settings"]["full_lr"] == 0.003
+    assert [line["learning_rate"] for line in content["history"][2:]] == [0.003]
+    assert full(0.1).is_one_line_error("--full-lr was 0.003, is 0.1")
 
 
-def test_messages_name_no_flag_that_was_not_given(call, tiny):
+def test_messages_name_no_flag_that_was_not_given(tune):
     """A changed --epochs changes those of the full stage too, but not in a message."""
-    flags = (*tiny, "--experiment-name", "exp", "--full-fine-tune")
-    assert call("train_stl_after_ssl", *flags).status == 0
-
-    outcome = call("train_stl_after_ssl", *flags, "--epochs", 3, "--resume")
+    assert tune("exp").status == 0
+    outcome = tune("exp", "--epochs", 3, "--resume")
     assert outcome.is_one_line_error("--epochs was 2, is 3")
     assert re.findall(r"--[a-z-]+ was", outcome.err) == ["--epochs was"]
 
 
-def test_precision_is_stored_resolved_and_kept(call, tiny, tmp_path, monkeypatch):
-    flags = (*tiny, "--experiment-name", "exp", "--resume")
+def test_precision_is_stored_resolved_and_kept(tune, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # As on most GPUs.
         patch.setattr(
             train_stl_after_ssl, "choose_precision", lambda args, device: "bf16"
         )
-        assert call("train_stl_after_ssl", *flags).status == 0
-    assert call("train_stl_after_ssl", *flags, "--full-fine-tune").status == 0
-    assert read_model(tmp_path, "exp")["settings"]["precision"] == "bf16"
+        assert tune("exp").status == 0
+    assert tune("exp", "--full-fine-tune", "--resume").status == 0
+    assert weights(tmp_path, "exp")["settings"]["precision"] == "bf16"
 
 
-# ---- The table -----------------------------------------------------------------------
-def test_tables_of_others_are_kept(call, tiny, tmp_path):
-    folder = tmp_path / "observations"
-    folder.mkdir()
-    names = ("results.md", "other_results.md", "exp2_results.md")
-    for name in names:
-        (folder / name).write_bytes(b"mine: \xff\n")
-
-    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "exp").status == 0
-    for name in names:
-        assert (folder / name).read_bytes() == b"mine: \xff\n"
-    assert (folder / "exp_results.md").read_bytes().startswith(b"## exp\n")
-
-
-def test_a_run_rewrites_the_table_of_its_own_name(call, tiny, tmp_path):
+def test_a_name_s_table_is_written_once_and_those_of_others_are_kept(tune, tmp_path):
     """What stands there already may be of an experiment whose weights are gone."""
     folder = tmp_path / "observations"
     folder.mkdir()
-    (folder / "exp_results.md").write_bytes(b"old: \xff\n" * 100)
-
-    assert call("train_stl_after_ssl", *tiny, "--experiment-name", "exp").status == 0
-    results = read_results(tmp_path, "exp")
-    assert results.startswith("## exp\n")
-    assert "old" not in results
-
-
-def test_a_finished_run_resumed_adds_no_second_table(call, tiny, tmp_path):
-    flags = (*tiny, "--experiment-name", "once")
-    assert call("train_stl_after_ssl", *flags).status == 0
-    before = read_results(tmp_path, "once")
-    assert call("train_stl_after_ssl", *flags, "--resume").status == 0
-    after = read_results(tmp_path, "once")
-
+    others = ("results.md", "other_results.md", "exp2_results.md")
+    for name in (*others, "exp_results.md"):
+        (folder / name).write_bytes(b"old: \xff\n" * 100)
+    assert tune("exp").status == 0
+    before = read_results(tmp_path, "exp")
+    assert before.startswith("## exp\n")
+    assert "old" not in before
+    assert tune("exp", "--resume").status == 0
+    after = read_results(tmp_path, "exp")
     # The line with the date and the command is that of the last call.
-    assert after.count("## once\n") == 1
-    assert after.count(TABLE_HEADER) == 1
     assert after.splitlines()[4:] == before.splitlines()[4:]
     assert "--resume" in after.splitlines()[2]
+    for name in others:
+        assert (folder / name).read_bytes() == b"old: \xff\n" * 100
 
 
-def test_the_confusion_table_counts_all_test_images(call, tiny, tmp_path):
-    flags = (*tiny, "--full-fine-tune", "--experiment-name", "exp")
-    outcome = call("train_stl_after_ssl", *flags)
-    path = tmp_path / "observations/exp_confusion.csv"
-    assert str(path) in outcome.out
-
-    with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
-    classes = [str(number) for number in range(1, 11)]
-    assert header == ["true class", *classes]
-    assert [row[0] for row in rows] == classes
-    counts = torch.tensor([[int(count) for count in row[1:]] for row in rows])
-    assert counts.sum(1).tolist() == [4] * 10, "40 test images"
-
-    # Its diagonal is the reported accuracy.
-    test_accuracy = read_model(tmp_path, "exp")["results"]["full"][1]
-    correct = counts.diagonal().sum().item()
-    assert correct / 40 == pytest.approx(test_accuracy, abs=1e-6)
-
-
-# ---- Folds and pictures --------------------------------------------------------------
-def test_folds_and_pictures(call, tiny, tmp_path, data_dir):
-    own = tmp_path / "own"
-    shutil.copytree(data_dir, own)
-    generator = np.random.default_rng(0)
-    folds = [generator.permutation(60)[:40] for _ in range(10)]
-    lines = [" ".join(str(index) for index in fold) for fold in folds]
-    (own / "fold_indices.txt").write_text("\n".join(lines))
-    names = [f"animal {number}".encode() for number in range(10)]
-    (own / "class_names.txt").write_bytes(b"\r\n".join(names))
-
-    neighbours = tmp_path / "neighbours.png"
-    images = ("--data-dir", own, "--folds", "--neighbours", neighbours)
-    flags = (*tiny, *images, "--experiment-name", "f")
-    outcome = call("train_stl_after_ssl", *flags)
+# ---- Images --------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_a_folder_of_validation_images(tune, zoo, tmp_path, name):
+    """All of train/ trains; folds are of train/ alone."""
+    write_split(zoo / name, {"once": 2, "1": 3, "10": 11}, 5)
+    (zoo / "fold_indices.txt").write_text("0 3 7 12 48\n5 6 7 8\n")
+    outcome = tune("exp", "--folds")
     assert outcome.status == 0, outcome.err
+    assert "49 images of 36 × 36 pixels, 16 to validate, 23 to test" in outcome.out
+    content = weights(tmp_path, "exp")
+    images = [tmp_path / "zoo" / path for path in content["validation_images"]]
+    assert set(images) == {path for path in (zoo / name).rglob("*.*") if path.is_file()}
+    labels, predictions = answers_of(content, images)
+    accuracy = (labels == predictions).mean()
+    assert content["results"]["softmax"][0] == pytest.approx(accuracy)
+    assert len(content["results"]["folds"]) == 2
+    rows = class_rows(read_results(tmp_path, "exp"))
+    assert [row[1] for row in rows] == [*map(str, TRAIN.values()), "49"]
 
-    state = read_model(tmp_path, "f")
-    tests = torch.tensor(state["results"]["folds"])[:, 1]
-    assert len(tests) == 10
-    title = "Only softmax layer is fine tuned, predefined folds"
-    line = next(line for line in outcome.out.splitlines() if line.startswith(title))
-    assert f"none | {100 * tests.mean():.2f} ± {100 * tests.std():.2f}%" in line
-
-    # A finished run, resumed, draws its picture again.
-    picture = neighbours.read_bytes()
-    neighbours.unlink()
-    assert call("train_stl_after_ssl", *flags, "--resume").status == 0
-    assert neighbours.read_bytes() == picture
-
-    full = (*flags, "--full-fine-tune", "--resume")
-    assert call("train_stl_after_ssl", *full).status == 0
-    picture_of_finished_trunk = neighbours.read_bytes()
-    assert picture_of_finished_trunk != picture
-    assert call("train_stl_after_ssl", *full).status == 0
-    assert neighbours.read_bytes() == picture_of_finished_trunk
-
-    # The exported layer is that of the whole training split, not of the last fold.
-    plain_flags = (*tiny, "--experiment-name", "plain")
-    assert call("train_stl_after_ssl", *plain_flags).status == 0
-    plain = read_model(tmp_path, "plain")
-    weight = state["softmax_layer"]["weight"]
-    assert torch.equal(weight, plain["softmax_layer"]["weight"])
-
-    for path in (neighbours, tmp_path / "observations/f_confusion.png"):
-        assert path.stat().st_size < 300_000
-        with Image.open(path) as image:
-            assert min(image.size) > 300
+    (zoo / "fold_indices.txt").write_text("0 3 7 12 49\n")
+    assert tune("other", "--folds").is_one_line_error("fold_indices.txt", "0 to 48")
 
 
-def test_a_single_fold(call, tiny, tmp_path, data_dir, recwarn):
-    own = shutil.copytree(data_dir, tmp_path / "own")
-    fold = " ".join(str(index) for index in range(40))
-    (own / "fold_indices.txt").write_text(fold + "\n\n")
+def test_folds_and_the_picture_of_the_neighbours(tune, zoo, tmp_path):
+    path = tmp_path / "folder/neighbours.png"
+    flags = ("--folds", "--neighbours", path)
+    assert tune("exp", *flags).is_one_line_error("fold_indices.txt")
+    (zoo / "fold_indices.txt").write_text("0 3 7 12 48\n\n5 6 7 8\n40 41 30\n")
+    outcome = tune("folds", *flags)
+    assert outcome.status == 0, outcome.err
+    assert len(weights(tmp_path, "folds")["results"]["folds"]) == 3
+    assert "fine tuned, predefined folds | none | " in outcome.out
+    with Image.open(path) as picture:
+        assert picture.size == (6 * 76, 4 * 76), "four classes have test images"
 
-    outcome = call("train_stl_after_ssl", *tiny, "--data-dir", own, "--folds")
-    assert outcome.status == 0
-    assert "predefined folds | none | " in outcome.out
-    assert "nan" not in outcome.out
-    warnings = [w for w in recwarn.list if issubclass(w.category, UserWarning)]
-    assert not warnings
+    # A finished run, resumed, draws its picture again; that of the finished trunk.
+    softmax_picture = path.read_bytes()
+    path.unlink()
+    assert tune("folds", *flags, "--resume").status == 0
+    assert path.read_bytes() == softmax_picture
+    full = ("--full-fine-tune", "--full-lr", 0.3, "--full-epochs", 6)
+    assert tune("folds", *flags, *full, "--resume").status == 0
+    assert path.read_bytes() != softmax_picture
 
 
-@pytest.mark.parametrize("content", [None, "1 2 x", "1 2 60", "", "-1", "9" * 30])
-def test_folds_that_cannot_be_used(call, tiny, tmp_path, data_dir, content):
-    own = tmp_path / "own"
-    shutil.copytree(data_dir, own)
-    if content is not None:
-        (own / "fold_indices.txt").write_text(content)
+def test_empty_folders_of_classes_are_left_out(tune, zoo, tmp_path):
+    assert tune("plain").status == 0
+    for folder in ("train/empty", "test/empty", "test/nothing"):
+        (zoo / folder).mkdir()
+    outcome = tune("exp")
+    assert outcome.status == 0, outcome.err
+    for folder in ("train/empty", "test/empty", "test/nothing"):
+        assert f"note: {zoo / folder} holds no images and is left out" in outcome.out
+    assert_same_run(tmp_path, "plain", "exp")
 
-    outcome = call("train_stl_after_ssl", *tiny, "--data-dir", own, "--folds")
-    assert outcome.is_one_line_error("fold_indices.txt")
+
+def test_a_batch_of_more_images_than_there_are_to_train_on(tune):
+    outcome = tune("exp", "--batch-size", 41)
+    assert outcome.is_one_line_error("--batch-size 41 is more than the 40 images")
+    assert tune("exp", "--batch-size", 40).status == 0
 
 
 # ---- Where the trunk comes from ------------------------------------------------------
-def test_what_a_trunk_is_called():
-    """The tables and the summary say where their trunk comes from."""
-    args = train_stl_after_ssl.make_parser().parse_args(["--stem", "imagenet"])
-    trunk, _ = make_trunk("res18")
-    ours = {"trunk": trunk.state_dict(), "settings": {"lr": 0.1}}
-    fine_tuned = ours | {"softmax_layer": {}}
-    others = ours | {"settings": {}}
+class ThinBottleneck(ThinResNet):
+    """In the place of ResNet-50: other names of layers, d = 80."""
 
-    names = []
-    for weights in (None, ours, fine_tuned, others):
-        *_, name = train_stl_after_ssl.make_start_trunk(args, "a.pt", weights)
-        names.append(name)
+    def __init__(self, weights=None, **options):
+        super().__init__(weights, **options)
+        self.layer4.extra = nn.Conv2d(64, 80, 1)
+        self.fc = nn.Linear(80, 1000)
+
+
+def test_type_stem_and_size_are_those_of_the_file(tune, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.TRUNKS, "res50", ThinBottleneck)
+    torch.manual_seed(0)
+    trunk, dimension = models.make_trunk("res50", "small", zero_init=False)
+    assert dimension == 80
+    settings = {"model_type": "res50", "stem": "small", "image_size": 44}
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    torch.save({"trunk": trunk.state_dict(), "settings": settings}, folder / "exp50.pt")
+
+    def run(name, *flags):
+        return tune(name, "--pirl-model-name", "exp50", "--epochs", 1, *flags)
+
+    for flag, value in (("--model-type", "res18"), ("--stem", "imagenet")):
+        outcome = run("refused", flag, value)
+        assert outcome.is_one_line_error("exp50.pt", flag, f"not {value}", "leave the")
+    # tiny gives --image-size 36.
+    outcome = run("noted", "--model-type", "res50")
+    assert outcome.status == 0, outcome.err
+    assert "exp50.pt was trained with --image-size 44, 36 is used" in outcome.out
+    used = weights(tmp_path, "noted")
+    assert used["settings"]["image_size"] == 36
+    assert used["settings"] | {"image_size": 44} == used["settings"] | settings
+    assert used["softmax_layer"]["weight"].shape == (7, 80)
+    assert torch.equal(used["trunk"]["conv1.weight"], trunk.conv1.weight)
+
+
+def test_the_image_size_of_the_file_is_the_default(call, tiny, zoo, finished, tmp_path):
+    finished("pirl")
+    flags = [flag for flag in tiny if flag not in ("--image-size", 36)]
+    flags += ["--data-dir", zoo, "--epochs", 1]
+    script = ("train_stl_after_ssl", *flags, "--experiment-name")
+    outcome = call(*script, "exp", "--pirl-model-name", "pirl")
+    assert outcome.status == 0, outcome.err
+    assert "40 images of 36 × 36 pixels" in outcome.out
+    outcome = call(*script, "random")
+    assert outcome.status == 0, outcome.err
+    assert "40 images of 96 × 96 pixels" in outcome.out
+    assert "random trunk, images of" in read_results(tmp_path, "random")
+
+
+def test_what_a_trunk_is_called():
+    ours = {"settings": {"lr": 0.1}}
+    names = [
+        train_stl_after_ssl.trunk_name_of("a.pt", found)
+        for found in (ours, ours | {"softmax_layer": {}}, {"settings": {}})
+    ]
     assert names == [
-        "random trunk",
         "PIRL trunk (a.pt)",
         "fine-tuned trunk (a.pt)",
         "trunk of another project (a.pt)",
     ]
 
 
-@pytest.mark.parametrize(
-    ("settings", "note"),
-    [
-        ({"image_size": 64}, "note: exp.pt was pretrained with --image-size 64\n"),
-        ({"image_size": 96}, ""),
-        ({"lr": 0.1}, ""),  # of an older file, which does not say
-    ],
-)
-def test_another_image_size_in_pretraining_is_worth_a_note(capsys, settings, note):
-    args = train_stl_after_ssl.make_parser().parse_args(["--stem", "imagenet"])
-    trunk, _ = make_trunk("res18")
-    weights = {"trunk": trunk.state_dict(), "settings": settings}
-    *_, name = train_stl_after_ssl.make_start_trunk(args, "exp.pt", weights)
-    assert name == "PIRL trunk (exp.pt)"
-    assert capsys.readouterr().out == f"using trunk of exp.pt\n{note}"
-
-
-# ---- The small stem ------------------------------------------------------------------
-def test_small_stem(call, tiny, tmp_path):
-    """It goes from pretraining through the file into fine-tuning."""
-    flags = (*tiny, "--stem", "small", "--epochs", 1, "--experiment-name", "pirl")
-    assert call("pirl_stl_train_test", *flags).status == 0
-    pretrained = read_model(tmp_path, "pirl")
-    assert pretrained["settings"]["stem"] == "small"
-    assert pretrained["trunk"]["conv1.weight"].shape == (64, 3, 3, 3)
-
-    script = ("train_stl_after_ssl", *tiny, "--pirl-model-name", "pirl")
-    assert call(*script, "--experiment-name", "soft").status == 0
-    assert read_model(tmp_path, "soft")["settings"]["stem"] == "small"
-
-    outcome = call(*script, "--stem", "imagenet")
-    assert outcome.is_one_line_error("conv1.weight", "--stem")
-
-
-@pytest.mark.full_trunk
-def test_the_small_stem_has_torchvision_s_names():
-    trunk, _ = make_trunk("res18", "small")
-    names = torchvision.models.resnet18().state_dict().keys()
-    assert trunk.state_dict().keys() == names - {"fc.weight", "fc.bias"}
-
-
-# ---- Flags ---------------------------------------------------------------------------
 @pytest.mark.parametrize("flag", ["--pirl-model-name", "--neighbours"])
-def test_an_empty_name_is_refused(call, tiny, flag):
+def test_an_empty_name_is_refused(tune, flag):
     """Most often it is a shell variable that is not set."""
-    outcome = call("train_stl_after_ssl", *tiny, flag, "")
-    assert outcome.is_one_line_error(flag, "empty", status=2)
-
-
-# ---- Each class ----------------------------------------------------------------------
-BALANCED = r"Balanced accuracy[\w ]*"  # the beginning of its row
-
-
-def read_confusion(tmp_path, name):
-    """(class names, counts int64 [C, C] with the true class in rows) of a run."""
-    path = tmp_path / f"observations/{name}_confusion.csv"
-    with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
-    counts = [[int(count) for count in row[1:]] for row in rows]
-    return header[1:], torch.tensor(counts)
-
-
-def recall_of(counts):
-    """The accuracy of each class; NaN where it has no images."""
-    return counts.diagonal() / counts.sum(1)
-
-
-def class_rows(tmp_path, name):
-    """The rows of the table by class: lists of texts; the header is the first."""
-    lines = read_results(tmp_path, name).splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("Class | "))
-    return [line.split(" | ") for line in (lines[first], *lines[first + 2 :])]
-
-
-@pytest.fixture
-def unbalanced(data_dir, tmp_path):
-    """6 labelled images of each class, but 2 of class 3; 4 test images, but 1 of 7."""
-    own = shutil.copytree(data_dir, tmp_path / "own")
-    for folder, kept in (("train/3", 2), ("test/7", 1)):
-        for path in sorted((own / folder).iterdir())[kept:]:
-            path.unlink()
-    return own
-
-
-def test_the_results_have_the_accuracy_of_each_class(call, tiny, tmp_path, unbalanced):
-    run = ("--data-dir", unbalanced, "--full-fine-tune", "--experiment-name", "exp")
-    outcome = call("train_stl_after_ssl", *tiny, *run)
-    assert outcome.status == 0, outcome.err
-
-    header, *rows = class_rows(tmp_path, "exp")
-    assert header[:3] == ["Class", "Labelled images", "Of test"]
-    names, counts = read_confusion(tmp_path, "exp")
-    assert [row[0] for row in rows] == names
-    labelled = [2 if name == "3" else 6 for name in names]
-    assert [int(row[1]) for row in rows] == labelled
-    of_test = [1 if name == "7" else 4 for name in names]
-    assert [int(row[2]) for row in rows] == of_test
-    expected = [f"{recall:.2%}" for recall in recall_of(counts).tolist()]
-    assert [row[3] for row in rows] == expected
-
-
-def test_a_class_without_test_images_has_no_accuracy(call, tiny, tmp_path, unbalanced):
-    shutil.rmtree(unbalanced / "test/7")
-    run = ("--data-dir", unbalanced, "--experiment-name", "exp")
-    assert call("train_stl_after_ssl", *tiny, *run).status == 0
-    rows = {row[0]: row[1:] for row in class_rows(tmp_path, "exp")}
-    assert rows["7"] == ["6", "0", "none"]
-    assert "nan" not in read_results(tmp_path, "exp")
-
-
-def test_without_test_images_each_class_s_accuracy_is_of_validation(
-    call, tiny, tmp_path, unbalanced
-):
-    shutil.rmtree(unbalanced / "test")
-    run = ("--data-dir", unbalanced, "--experiment-name", "exp")
-    outcome = call("train_stl_after_ssl", *tiny, *run)
-    assert outcome.status == 0, outcome.err
-
-    header, *rows = class_rows(tmp_path, "exp")
-    assert header[2] == "Of validation"
-    _, counts = read_confusion(tmp_path, "exp")
-    assert [int(row[2]) for row in rows] == counts.sum(1).tolist()
-    recall = recall_of(counts)
-    balanced = recall[~recall.isnan()].mean()
-    row = re.search(rf"^{BALANCED} \| (.+)$", outcome.out, re.MULTILINE)
-    assert row[1] == f"{balanced:.2%} | none"
-
-
-def test_balanced_accuracy_is_a_row_where_classes_differ_in_size(
-    call, tiny, tmp_path, unbalanced
-):
-    flags = (*tiny, "--full-fine-tune", "--experiment-name")
-    outcome = call("train_stl_after_ssl", *flags, "balanced")
-    assert outcome.status == 0, outcome.err
-    assert "Balanced" not in outcome.out
-    assert "Balanced" not in read_results(tmp_path, "balanced")
-
-    run = (*flags, "exp", "--data-dir", unbalanced)
-    outcome = call("train_stl_after_ssl", *run)
-    assert outcome.status == 0, outcome.err
-    _, counts = read_confusion(tmp_path, "exp")
-    row = re.search(rf"^{BALANCED} \| [\d.]+% \| (.+)$", outcome.out, re.MULTILINE)
-    assert row[1] == f"{recall_of(counts).mean():.2%}"
-    assert row[0] in read_results(tmp_path, "exp")
-
-
-def test_balanced_accuracy_counts_classes_and_not_images():
-    """94 % of the images may be right with one class at 50 %."""
-    labels = torch.tensor([0] * 88 + [1] * 12)
-    predictions = labels.clone()
-    predictions[-6:] = 0
-    # Of the test images, all classes but number 1 have some.
-    test_labels = torch.tensor([0, 0, 2, 2])
-    test_predictions = torch.tensor([0, 0, 1, 1])
-
-    trainer = SimpleNamespace(
-        labels=labels,
-        images=predictions,
-        val_index=torch.arange(100),
-        test_labels=test_labels,
-        test_images=test_predictions,
-        features=lambda images: images,
-        predictions=lambda features: features,
-    )
-    assert (labels == predictions).float().mean() == pytest.approx(0.94)
-    row = train_stl_after_ssl.balanced_row(trainer)
-    assert row.endswith(" | 75.00% | 50.00%\n")
-
-
-# ---- Folders without images ----------------------------------------------------------
-def test_empty_folders_of_classes_are_left_out(call, tiny, tmp_path, data_dir):
-    """Of the training images, and of the test images."""
-    own = shutil.copytree(data_dir, tmp_path / "own")
-    for folder in ("train/empty", "test/empty", "test/nothing"):
-        (own / folder).mkdir()
-    flags = (*tiny, "--experiment-name")
-    assert call("train_stl_after_ssl", *flags, "plain").status == 0
-    outcome = call("train_stl_after_ssl", *flags, "exp", "--data-dir", own)
-    assert outcome.status == 0, outcome.err
-    for folder in ("train/empty", "test/empty", "test/nothing"):
-        assert f"note: {own / folder} holds no images and is left out" in outcome.out
-    assert_same_run(tmp_path, "plain", "exp")
-
-
-def test_a_class_whose_test_folder_is_empty(call, tiny, tmp_path, data_dir):
-    own = shutil.copytree(data_dir, tmp_path / "own")
-    shutil.rmtree(own / "test/2")
-    (own / "test/2").mkdir()
-    outcome = call("train_stl_after_ssl", *tiny, "--data-dir", own)
-    assert outcome.status == 0, outcome.err
-    assert f"note: {own / 'test/2'} holds no images and is left out" in outcome.out
+    assert tune("exp", flag, "").is_one_line_error(flag, "empty", status=2)

@@ -5,7 +5,9 @@ python extract_features.py --model exp_labels --images cat.jpg --out predictions
 python extract_features.py --model exp --images my_pictures --neighbours nearest.png
 """
 
+import contextlib
 import csv
+import os
 import shutil
 import tempfile
 import warnings
@@ -36,6 +38,7 @@ from runtime.script import run_script
 from runtime.weights import architecture_of, choose_image_size, read_weights
 
 BLOCK = 512  # images in memory at a time
+SEARCHED_ROWS = 100_000  # features in memory at a time, in a search
 SHOWN_QUERIES = 20  # rows of the picture of neighbours, at most
 SHOWN_NEIGHBOURS = 8
 
@@ -97,21 +100,21 @@ def main(argv=None):
         )
     network = Network(args, device, path, weights)
 
-    files, names = find_files(args.images)
-    with tempfile.TemporaryDirectory() as scratch:
-        extracted = extract(network, files, names, Path(scratch))
+    folder, names = find_names(args.images)
+    with scratch_folder(args.out or args.neighbours) as scratch:
+        extracted = extract(network, folder, names, scratch)
         if args.out and extracted.names:
             write_result(args.out, extracted, weights.get("classes"))
         if args.neighbours and extracted.names:
-            draw_neighbours(args, network, extracted, Path(scratch))
+            draw_neighbours(args, network, extracted, scratch)
 
-    if extracted.problems:
-        shown = "; ".join(extracted.problems[:10])
-        if len(extracted.problems) > 10:
-            shown += f"; and {len(extracted.problems) - 10} more"
+    problems = extracted.problems
+    if problems:
+        shown = "; ".join(problems[:10])
+        if len(problems) > 10:
+            shown += f"; and {len(problems) - 10} more"
         raise UserError(
-            f"{len(extracted.problems)} of {len(files)} files cannot be read and are"
-            f" left out ({shown})",
+            f"{len(problems)} files cannot be read and are left out ({shown})",
             "repair or remove them",
         )
 
@@ -175,40 +178,52 @@ class RowsOnDisk:
         return rows.view(self.shape)
 
 
+@contextlib.contextmanager
+def scratch_folder(path):
+    """A temporary folder beside the file `path`, where there is room for the results.
+
+    The system's own folder for temporary files is in memory on some systems.
+    """
+    parent = Path(os.path.realpath(path)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".features_") as folder:
+        yield Path(folder)
+
+
 class Extracted:
     """What extraction has found: a row for each file that could be read."""
 
-    def __init__(self, folder):
-        self.files = []
-        self.names = []
-        self.problems = []  # texts, one for each file that could not
-        self.features = RowsOnDisk(folder / "features")
-        self.probabilities = RowsOnDisk(folder / "probabilities")
+    def __init__(self, folder, scratch):
+        self.folder = folder
+        self.names = []  # of the files, relative to the folder
+        self.problems = []  # texts, one for each file that could not be read
+        self.features = RowsOnDisk(scratch / "features")
+        self.probabilities = RowsOnDisk(scratch / "probabilities")
         self.predicted = []  # the most probable class of each image, an int,
         self.confidence = []  # and its probability
 
 
-def extract(network, files, names, folder):
-    """Features of image files in blocks, in memory that does not grow with them.
+def extract(network, folder, names, scratch):
+    """Features of image files in blocks: of a million, only the names are in memory.
 
-    folder: for scratch files. A file that cannot be read is left out. Returns an
-    Extracted.
+    names: of the files, relative to the folder. scratch: a folder for rows. A file that
+    cannot be read is left out. Returns an Extracted.
     """
-    extracted = Extracted(folder)
-    with progress_bar(len(files), "features", " images") as bar:
-        for start in range(0, len(files), BLOCK):
-            block = files[start : start + BLOCK]
+    extracted = Extracted(folder, scratch)
+    with progress_bar(len(names), "features", " images") as bar:
+        for start in range(0, len(names), BLOCK):
+            block = names[start : start + BLOCK]
+            files = [folder / name for name in block]
             images = np.empty((len(block), 3, network.side, network.side), np.uint8)
-            problems = dataset_helpers.decode(block, images, bar)
+            problems = dataset_helpers.decode(files, images, bar)
             for row, problem in problems.items():
-                extracted.problems.append(f"{block[row]}: {problem}")
+                extracted.problems.append(f"{files[row]}: {problem}")
             readable = [row for row in range(len(block)) if row not in problems]
             if not readable:
                 continue
 
             features = network.features(torch.from_numpy(images[readable]))
-            extracted.files += [block[row] for row in readable]
-            extracted.names += [names[start + row] for row in readable]
+            extracted.names += [block[row] for row in readable]
             extracted.features.append(features)
             if network.softmax_layer is not None:
                 probabilities = network.probabilities(features)  # [n, classes]
@@ -219,14 +234,14 @@ def extract(network, files, names, folder):
     return extracted
 
 
-def find_files(path):
-    """(image files, their names in the result) of an image or a folder of images."""
+def find_names(path):
+    """(folder, names of the image files in it) of an image or a folder of images.
+
+    A name is relative: "cat/1.jpg" and "dog/1.jpg" must not become one in the result.
+    """
     if path.is_file():
-        return [path], [path.name]
-    # Relative to the folder: "cat/1.jpg" and "dog/1.jpg" must not become one name.
-    files = dataset_helpers.list_images(path)
-    names = [file.relative_to(path).as_posix() for file in files]
-    return files, names
+        return path.parent, [path.name]
+    return path, dataset_helpers.image_names(path)
 
 
 # ---- Results -------------------------------------------------------------------------
@@ -271,7 +286,23 @@ def write_predictions(file, extracted, classes):
     writer.writerows(rows)
 
 
-def draw_neighbours(args, network, extracted, folder):
+def most_similar(searched, queries, count):
+    """nearest_neighbours(), with only a part of the searched features in memory."""
+    cosines = torch.empty(len(queries), 0)
+    indices = torch.empty(len(queries), 0, dtype=torch.int64)
+    for start in range(0, len(searched), SEARCHED_ROWS):
+        block = searched[start : start + SEARCHED_ROWS]
+        block_cosines, block_indices = nearest_neighbours(block, queries, count)
+        cosines = torch.cat([cosines, block_cosines], 1)
+        indices = torch.cat([indices, block_indices + start], 1)
+
+        best = cosines.topk(min(count, cosines.shape[1]))
+        cosines = best.values
+        indices = indices.gather(1, best.indices)
+    return cosines, indices
+
+
+def draw_neighbours(args, network, extracted, scratch):
     """A picture of some images and the most similar ones; print their cosines."""
     searched = extracted.features.tensor()
     own = args.queries is None
@@ -279,26 +310,25 @@ def draw_neighbours(args, network, extracted, folder):
         # Some of the images, evenly spread.
         count = min(SHOWN_QUERIES, len(extracted.names))
         rows = np.linspace(0, len(extracted.names) - 1, count).round().astype(int)
-        query_files = [extracted.files[row] for row in rows]
+        query_folder = extracted.folder
         query_names = [extracted.names[row] for row in rows]
         query_features = searched[torch.from_numpy(rows)]
     else:
-        files, names = find_files(args.queries)
-        (folder / "queries").mkdir()
+        query_folder, names = find_names(args.queries)
+        (scratch / "queries").mkdir()
         queries = extract(
-            network, files[:SHOWN_QUERIES], names[:SHOWN_QUERIES], folder / "queries"
+            network, query_folder, names[:SHOWN_QUERIES], scratch / "queries"
         )
         extracted.problems += queries.problems
         if not queries.names:
             return
-        query_files = queries.files
         query_names = queries.names
         query_features = queries.features.tensor()
 
     # An image of --images is its own nearest: one more is looked for, and it is left
     # out.
     wanted = SHOWN_NEIGHBOURS + 1 if own else SHOWN_NEIGHBOURS
-    cosines, nearest = nearest_neighbours(searched, query_features, wanted)
+    cosines, nearest = most_similar(searched, query_features, wanted)
     found = []  # a list of (cosine, row) per query
     for query, (values, indices) in enumerate(
         zip(cosines.tolist(), nearest.tolist(), strict=True)
@@ -309,17 +339,17 @@ def draw_neighbours(args, network, extracted, folder):
         found.append(pairs[:SHOWN_NEIGHBOURS])
     shown = min(len(pairs) for pairs in found)
     if shown == 0:
-        raise UserError(f"{args.images} holds one image only", "give more")
+        raise UserError(f"{args.images} holds one readable image only", "give more")
 
     def load(file):
         return torch.from_numpy(dataset_helpers.read_image(file, network.side).copy())
 
     with warnings.catch_warnings(action="ignore"):  # of odd metadata
-        queries = torch.stack([load(file) for file in query_files])
+        queries = torch.stack([load(query_folder / name) for name in query_names])
         images = []
         for pairs in found:
-            files = [extracted.files[row] for _, row in pairs[:shown]]
-            images.append(torch.stack([load(file) for file in files]))
+            names = [extracted.names[row] for _, row in pairs[:shown]]
+            images.append(torch.stack([load(extracted.folder / n) for n in names]))
 
     texts = []
     for name, pairs in zip(query_names, found, strict=True):

@@ -568,9 +568,10 @@ def evaluate_only(args):
     answers = answers_of(classifier.eval(), test, args.batch_size)
     nothing = torch.empty(0, dtype=torch.int64)
     empty = Answers(nothing, nothing)
+    stage = "full" if "full" in weights.get("results", {}) else "softmax"
     table = results_table(
         f"{Path(path).name}, images of {args.data_dir}",
-        {"full": (None, accuracy_of(answers))},
+        {stage: (None, accuracy_of(answers))},
     )
     print(f"\n{table}\n{class_table(classes, nothing, empty, answers)}", flush=True)
 

@@ -299,7 +299,7 @@ def rename_layers(state_dict):
     """
     renamed = {}
     for name, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             continue
         name = name.replace(".shortcut.", ".downsample.")  # SupContrast's name
         # Split off everything up to the last "backbone."; the layer's number follows.

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import start, write_raw
 
 import stl10_data_load
+from runtime.arguments import Parser
 
 STEPS = 2000
 STEPS_PER_EPOCH = 25
@@ -33,7 +34,13 @@ class Sample:
     files: int  # open
 
 
-def main():
+def main(argv=None):
+    parser = Parser(
+        "2,000 steps on tiny images, a checkpoint every few steps. It takes some"
+        " minutes;\nat the end, memory and open files must be as at step 200."
+    )
+    parser.parse_args(argv)
+
     folder = Path(tempfile.mkdtemp(prefix="endurance-"))
     process = start_training(folder)
     samples, checkpoints = watch(process, folder)

@@ -5,7 +5,6 @@ python tests/faults.py --faults 200 --seed 0        # or: make faults
 The result must be, bit for bit, that of a run which nothing has disturbed.
 """
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from conftest import start, write_raw
 
+from runtime.arguments import Parser, bounded
 from runtime.bars import progress_bar
 from runtime.errors import UserError
 from runtime.files import read_torch_file
@@ -465,12 +465,12 @@ def print_table(counts):
     print(f"together | | {together.tried} | {together.survived} | {together.lost}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv=None):
+    parser = Parser("Faults thrown at the real scripts, each followed by --resume.")
     add = parser.add_argument
-    add("--faults", type=int, default=200, help="how many at least (default: 200)")
-    add("--seed", type=int, default=0, help="of the moments and the order (default: 0)")
-    args = parser.parse_args()
+    add("--faults", type=bounded(int, 1), default=200, help="how many at least")
+    add("--seed", type=int, default=0, help="seed of the moments and the order")
+    args = parser.parse_args(argv)
 
     plan = make_plan(args.faults, random.Random(args.seed))
     expected = sum(fault.times for fault in plan)

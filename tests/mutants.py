@@ -20,14 +20,11 @@ from pathlib import Path
 
 import libcst
 
-import linear_probe
-import losses
-
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "results" / "mutants"
 REPORT = ROOT / "results" / "mutants.md"
 
-# The method's files and functions, and the tests that are nearest to them.
+# The method's files and functions.
 METHOD = [
     "jigsaw",
     "rotation",
@@ -35,39 +32,25 @@ METHOD = [
     "augmentations",
     "models",
     "evaluation",
-    "losses.candidate_logits",
-    "losses.modified_nce",
-    "losses.nce",
-    "losses.pirl_loss",
-    "losses.pretext_correct",
+    "losses",
+    "linear_probe.batch_totals",
     "pirl_stl_train_test.PretrainingTrainer.__init__",
     "pirl_stl_train_test.PretrainingTrainer.epoch_batches",
     "pirl_stl_train_test.PretrainingTrainer.epoch_uniforms",
     "pirl_stl_train_test.PretrainingTrainer.train_step",
+    "pirl_stl_train_test.PretrainingTrainer.load_batch",
+    "pirl_stl_train_test.PretrainingTrainer.update",
     "pirl_stl_train_test.PretrainingTrainer.forward_batch",
-    "pirl_stl_train_test.PretrainingTrainer.run_network",
     "pirl_stl_train_test.PretrainingTrainer.make_views",
     "pirl_stl_train_test.PretrainingTrainer.exported_trunk",
-    "linear_probe.batch_totals",
     "pirl_stl_train_test.learning_rate",
     "pirl_stl_train_test.validate",
-]
-NEAREST_TESTS = [
-    "tests/test_jigsaw.py",
-    "tests/test_rotation.py",
-    "tests/test_memory_bank.py",
-    "tests/test_augmentations.py",
-    "tests/test_models.py",
-    "tests/test_evaluation.py",
-    "tests/test_loss.py",
-    "tests/test_contracts.py",
 ]
 # Tests that pass through several modules.
 TESTS_OF_SEVERAL = [
     "tests/test_contracts.py",
     "tests/test_errors.py",
-    "tests/test_loss.py",
-    "tests/test_machines.py",
+    "tests/test_devices.py",
 ]
 KILLED = ("killed", "timeout", "segfault")
 
@@ -77,7 +60,7 @@ def main():
     parser.add_argument(
         "--all",
         action="store_true",
-        help="by all tests, and of all files of the root unless names are given: hours",
+        help="by all tests, and of all files unless names are given: hours",
     )
     parser.add_argument(
         "--processes", type=int, default=2, help="mutants that are tried at a time"
@@ -85,23 +68,21 @@ def main():
     parser.add_argument(
         "names",
         nargs="*",
-        help="module, module.function, module.Class or module.Class.method: these, by "
-        "the tests of that module and some that pass through several",
+        help="module, module.function, module.Class or module.Class.method, such as "
+        "runtime.loop.Signals: these, by the tests of that module and some that pass "
+        "through several",
     )
     parser.add_argument("--run-mutmut", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = args.names or METHOD
     if args.all and not args.names:
         names = sorted(path.stem for path in ROOT.glob("*.py"))
+        names += sorted(f"runtime.{path.stem}" for path in ROOT.glob("runtime/*.py"))
 
     if args.run_mutmut:
         run_mutmut(names, args.processes)
         return
-    tests = NEAREST_TESTS
-    if args.all:
-        tests = ["tests"]
-    elif args.names:
-        tests = own_tests(names)
+    tests = ["tests"] if args.all else own_tests(names)
     copy_project(names, tests)
     environment = os.environ | {
         # Forked processes must not share threads, or a card.
@@ -114,10 +95,20 @@ def main():
     write_report(names)
 
 
+def split(name):
+    """("runtime.loop", ["Signals", "note"]) of runtime.loop.Signals.note."""
+    parts = name.split(".")
+    length = 2 if parts[0] == "runtime" else 1
+    return ".".join(parts[:length]), parts[length:]
+
+
+def modules_of(names):
+    return {split(name)[0] for name in names}
+
+
 def own_tests(names):
     """The test files of the modules that are named, and TESTS_OF_SEVERAL."""
-    modules = {name.split(".")[0] for name in names}
-    own = {f"tests/test_{module}.py" for module in modules}
+    own = {f"tests/test_{module.split('.')[-1]}.py" for module in modules_of(names)}
     return sorted(
         file for file in own.union(TESTS_OF_SEVERAL) if (ROOT / file).exists()
     )
@@ -128,25 +119,26 @@ def copy_project(names, tests):
     """The project in WORK, with the configuration of this run."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    mutated = {name.split(".")[0] for name in names}
     for path in ROOT.glob("*.py"):
-        source = path.read_text("utf-8")
-        if path.stem in mutated:
-            source = without_decorators(source)
-        (WORK / path.name).write_text(source, "utf-8")
+        shutil.copy(path, WORK)
     others = [
         path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".txt")
     ]
     for path in (*others, ROOT / "Makefile"):
         shutil.copy(path, WORK)
-    for folder in ("tests", "benchmarks", "docs"):
+    for folder in ("runtime", "tests", "benchmarks", "docs"):
         shutil.copytree(
             ROOT / folder, WORK / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
 
+    mutated = sorted(f"{name.replace('.', '/')}.py" for name in modules_of(names))
+    for name in mutated:
+        source = without_decorators((ROOT / name).read_text("utf-8"))
+        (WORK / name).write_text(source, "utf-8")
+
     # The rest of mutmut's configuration is in pyproject.toml, under [tool.mutmut].
     lines = [
-        f"source_paths = {sorted(f'{name}.py' for name in mutated)}",
+        f"source_paths = {mutated}",
         f"also_copy = {sorted(path.name for path in WORK.iterdir())}",
         f"pytest_add_cli_args_test_selection = {tests}",
     ]
@@ -212,7 +204,7 @@ def force_branch(node):
 
 def patterns_of(name):
     """mutmut's names for the mutants of a module, a function or a class."""
-    module, *members = name.split(".")
+    module, members = split(name)
     if not members:
         return [f"{module}.*"]
     if len(members) == 2:
@@ -233,9 +225,9 @@ def write_report(names):
             verdicts[mutant] = verdict
 
     text = "File | Mutants | Found\n--- | --- | ---\n"
-    counts = Counter(mutant.split(".")[0] for mutant in verdicts)
+    counts = Counter(split(mutant)[0] for mutant in verdicts)
     found = [mutant for mutant, verdict in verdicts.items() if verdict in KILLED]
-    found_counts = Counter(mutant.split(".")[0] for mutant in found)
+    found_counts = Counter(split(mutant)[0] for mutant in found)
     for module, count in counts.items():
         text += f"{module}.py | {count} | {found_counts[module] / count:.1%}\n"
     text += f"all | {len(verdicts)} | {len(found) / len(verdicts):.1%}\n\n"

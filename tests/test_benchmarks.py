@@ -2,6 +2,7 @@
 
 import itertools
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,12 @@ from torchvision.transforms.functional import to_tensor
 
 import augmentations
 import jigsaw
-import pirl_stl_train_test
 from benchmarks import compare, equal_time, gpu_report, results, synthetic, throughput
 from dataset_helpers import load_labelled
 from models import SmallMapConv2d, make_trunk
+from runtime import devices
 from runtime.errors import UserError
-from runtime.weights import find_trunk
+from runtime.weights import OUR_MODEL_TYPES, find_trunk
 from stl10_data_load import SPLITS, write_split
 
 
@@ -59,11 +60,12 @@ def make_table(run_here, data_dir, tmp_path):
     return make_table
 
 
-def test_results(make_table, run_here, tmp_path):
+def test_results(make_table, run_here, tmp_path, capsys):
     """All stages once; then nothing is run again; a change of settings is refused."""
-    lines = make_table("--only-train True")
-    assert make_table("--only-train True") == lines
+    lines = make_table("")
+    assert make_table("") == lines
     assert len(run_here.runs) == 3
+    assert lines[0] == "# data: 100 unlabelled training images, seeds: 1"
 
     # The table of test images, then the one of validation images; a cell per trunk.
     for name in results.STAGES:
@@ -78,7 +80,14 @@ def test_results(make_table, run_here, tmp_path):
     for changed in ("--lr 0.1", "--tmax-for-cos-decay 5"):
         refusal = f"pirl_0.sh is the command .*{changed}.*: remove"
         with pytest.raises(UserError, match=refusal):
-            make_table(f"--only-train True {changed}")
+            make_table(changed)
+
+    # The other table is of the same files, by real runs.
+    capsys.readouterr()
+    weights = tmp_path / "results/data/weights"
+    compare.main(["--weights-dir", str(weights), "from_random_0", "from_pirl_0"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.count("%") for row in rows] == [4, 4, 4]
 
 
 def test_results_ask_for_matplotlib_before_they_begin(
@@ -90,85 +99,107 @@ def test_results_ask_for_matplotlib_before_they_begin(
     assert run_here.runs == []
 
 
-def test_results_tell_how_long_each_stage_took():
-    """Minutes of each stage, and cumulative: pretraining counts for the PIRL trunk."""
-    pretrained = [{"history": [{"seconds": 120.0}, {"seconds": 60.0}]}]
-    accuracies = dict.fromkeys(("neighbours", "softmax", "full"), (0.5, None))
-    tuned = [{"results": accuracies, "seconds": {"softmax": 30.0, "full": 90.0}}]
-    paragraphs = results.tables(pretrained, tuned, tuned)
-    lines = "\n".join(paragraphs).splitlines()
-
-    assert "stage | minutes | cumulative minutes" in lines
-    assert "PIRL pretraining with validation and kNN | 3.00 | 3.00" in lines
-    probe = "linear probe (only the softmax layer)"
-    assert f"{probe}, random trunk | 0.50 | 0.50" in lines
-    assert "full fine-tuning, random trunk | 1.50 | 2.00" in lines
-    assert f"{probe}, PIRL trunk | 0.50 | 3.50" in lines
-    assert "full fine-tuning, PIRL trunk | 1.50 | 5.00" in lines
-
-    for name in ("kNN", probe, "full fine-tuning"):
-        assert f"{name} | none | none" in lines  # test images: there are none
-        assert f"{name} | 50.00 % | 50.00 %" in lines
+STAGES = ("knn", "softmax", "full")
 
 
-def finished_model(accuracy, full_seconds):
-    """As finished_run() gives it, as far as the table reads it."""
-    accuracies = (accuracy, accuracy + 0.01)
-    epoch = {"epoch": 1, "seconds": 60.0, "train_loss": 1.0, "knn_acc": 0.5}
+def made_up_accuracy(trunk, seed, stage, split):
+    """split: 0 for validation, 1 for test. No two of these are the same."""
+    base = {"random": 0.2, "pirl": 0.6}[trunk]
+    return base + 0.1 * STAGES.index(stage) + 0.03 * seed + 0.004 * split
+
+
+def made_up_run(trunk, seed):
+    """As finished_run() gives it, as far as the table reads it; trunk: None of PIRL."""
+    results_of = {}
+    for stage in STAGES if trunk else ():
+        pair = [made_up_accuracy(trunk, seed, stage, split) for split in (0, 1)]
+        results_of[stage] = tuple(pair)
+    of_epochs = [120.0, 60.0 + 12 * seed]
     return {
         "images": 70,
         "machine": "a machine",
-        "history": [epoch],
-        "results": dict.fromkeys(("neighbours", "softmax", "full"), accuracies),
-        "seconds": {"softmax": 30.0, "full": full_seconds},
+        "history": [
+            {"epoch": 1, "seconds": seconds, "train_loss": 1.0, "knn_acc": None}
+            for seconds in of_epochs
+        ],
+        "results": results_of,
+        "seconds": {
+            "softmax": 30.0 + 6 * seed,
+            "full": {"random": 90.0, "pirl": 150.0}.get(trunk, 0) + 24 * seed,
+        },
     }
 
 
-def test_results_give_each_run_its_flags_and_each_column_its_runs(
+def test_results_run_the_recommended_commands_and_each_column_has_its_runs(
     tmp_path, monkeypatch
 ):
     flags_of = {}
 
     def finished_run(folder, name, script, flags):
+        assert flags_of.keys().isdisjoint([name])
         flags_of[name] = dict(zip(flags[::2], flags[1::2], strict=True))
-        if name.startswith("from_random"):
-            return finished_model(0.3, full_seconds=90.0)
-        return finished_model(0.6, full_seconds=150.0)
+        trunk = {"from_random": "random", "from_pirl": "pirl"}.get(name[:-2])
+        is_pretraining = script == "pirl_stl_train_test.py"
+        assert is_pretraining == (trunk is None)
+        return made_up_run(trunk, int(name[-1]))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "finished_run", finished_run)
     arguments = ["--data-dir", "data", "--seeds", "2", "--epochs", "7"]
     arguments += ["--labelled-epochs", "9"]
-    arguments += ["--flags=--only-train True", "--labelled-flags=--full-lr 0.5"]
+    arguments += ["--flags=--stem small", "--labelled-flags=--full-lr 0.5"]
     results.main(arguments)
 
+    # With the defaults of both scripts, but for what the README recommends.
     for seed in ("0", "1"):
         common = {"--data-dir": "data", "--seed": seed}
-        pretraining = {**common, "--epochs": "7", "--only-train": "True"}
+        assert flags_of[f"pirl_{seed}"] == {
+            **common,
+            "--epochs": "7",
+            "--only-train": "True",
+            "--stem": "small",
+        }
         labelled = {
             **common,
             "--epochs": "9",
             "--full-fine-tune": "True",
-            "--lr": "0.1",
-            "--patience-for-lr-decay": "4",
             "--full-lr": "0.5",
         }
-        assert flags_of[f"pirl_{seed}"] == pretraining
         assert flags_of[f"from_random_{seed}"] == labelled
         with_trunk = {**labelled, "--pirl-model-name": f"pirl_{seed}"}
         assert flags_of[f"from_pirl_{seed}"] == with_trunk
 
+    def cell(values):
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
     lines = (tmp_path / "results/data.md").read_text("utf-8").splitlines()
-    assert [line for line in lines if line.startswith("kNN | ")] == [
-        "kNN | 31.00 ± 0.00 % | 61.00 ± 0.00 %",  # test
-        "kNN | 30.00 ± 0.00 % | 60.00 ± 0.00 %",  # validation
-    ]
-    random_time = "1.50 ± 0.00 | 2.00 ± 0.00"
-    assert f"full fine-tuning, random trunk | {random_time}" in lines
-    pirl_time = "2.50 ± 0.00 | 4.00 ± 0.00"
-    assert f"full fine-tuning, PIRL trunk | {pirl_time}" in lines
+    names = ["kNN", "linear probe (only the softmax layer)", "full fine-tuning"]
+    for name, stage in zip(names, STAGES, strict=True):
+        expected = []
+        for split in (1, 0):  # the table of the test images comes first
+            cells = [name]
+            for trunk in ("random", "pirl"):
+                pair = [made_up_accuracy(trunk, seed, stage, split) for seed in (0, 1)]
+                cells.append(cell([100 * accuracy for accuracy in pair]) + " %")
+            expected.append(" | ".join(cells))
+        assert [line for line in lines if line.startswith(f"{name} | ")] == expected
+
+    # Minutes of each stage, and cumulative: pretraining counts for the PIRL trunk.
+    pretraining = [3.0, 3.2]
+    softmax = [0.5, 0.6]
+    full = {"random": [1.5, 1.9], "PIRL": [2.5, 2.9]}
+    row = "PIRL pretraining with validation and kNN"
+    assert f"{row} | {cell(pretraining)} | {cell(pretraining)}" in lines
+    for trunk, before in (("random", [0.0, 0.0]), ("PIRL", pretraining)):
+        after_softmax = [before[0] + softmax[0], before[1] + softmax[1]]
+        after = [after_softmax[0] + full[trunk][0], after_softmax[1] + full[trunk][1]]
+        row = f"{names[1]}, {trunk} trunk"
+        assert f"{row} | {cell(softmax)} | {cell(after_softmax)}" in lines
+        row = f"{names[2]}, {trunk} trunk"
+        assert f"{row} | {cell(full[trunk])} | {cell(after)}" in lines
+
     command = "python pirl_stl_train_test.py --data-dir data --epochs 7"
-    assert f"    {command} --only-train True" in lines
+    assert f"    {command} --only-train True --stem small" in lines
 
 
 def test_an_interrupted_run_ends_the_table_and_goes_on_next_time(tmp_path, monkeypatch):
@@ -232,6 +263,8 @@ def without_lightly(monkeypatch):
     rates = {"MeanSquare": (0.1,), "Diverging": (0.1,)}
     monkeypatch.setattr(equal_time, "LEARNING_RATES", rates)
     monkeypatch.setattr(equal_time, "BATCH_SIZE", 16)
+    # The thin trunk of the tests, in a file that does not say what it is of.
+    monkeypatch.setitem(OUR_MODEL_TYPES, ("basic", (1, 1, 1, 1)), "res18")
 
 
 @pytest.mark.slow
@@ -370,7 +403,7 @@ def test_equal_time_counts_the_epochs_that_fit(monkeypatch, tmp_path, minutes, e
 
     def finished_run(folder, name, script, flags):
         if script == results.FINE_TUNING:
-            return {"results": {"softmax": (0.5, 0.4), "neighbours": (0.3, 0.2)}}
+            return {"results": {"softmax": (0.5, 0.4), "knn": (0.3, 0.2)}}
         counts.append(int(flags[flags.index("--epochs") + 1]))
         seconds = [60.0] + [30.0] * (counts[-1] - 1)
         return {
@@ -407,8 +440,8 @@ def write_model(path, trunk, accuracies):
 
 def test_compare(tmp_path, capsys):
     """The reference's rows, and kNN below them; the two trunks beside each other."""
-    random = {"neighbours": (0.3, 0.31), "softmax": (0.4, 0.41), "full": (0.5, 0.51)}
-    pirl = {"neighbours": (0.6, 0.61), "softmax": (0.7, 0.71), "full": (0.8, 0.81)}
+    random = {"knn": (0.3, 0.31), "softmax": (0.4, 0.41), "full": (0.5, 0.51)}
+    pirl = {"knn": (0.6, 0.61), "softmax": (0.7, 0.71), "full": (0.8, 0.81)}
     write_model(tmp_path / "a.pt", None, random)
     write_model(tmp_path / "b.pt", "exp", pirl)
     compare.main(["--weights-dir", str(tmp_path), "a", "b"])
@@ -425,7 +458,7 @@ def test_compare(tmp_path, capsys):
 
 def test_compare_what_there_is(tmp_path, capsys):
     """Without test images, and where not all stages were gone through."""
-    random = {"neighbours": (0.3, None), "softmax": (0.4, None)}
+    random = {"knn": (0.3, None), "softmax": (0.4, None)}
     write_model(tmp_path / "a.pt", None, random)
     write_model(tmp_path / "b.pt", "exp", random)
     compare.main(["--weights-dir", str(tmp_path), "a", "b"])
@@ -453,17 +486,6 @@ def test_compare_refuses_other_models(tmp_path):
             compare.main(["--weights-dir", str(tmp_path), first, second])
 
 
-def test_compare_reads_the_models_of_real_runs(call, tiny, tmp_path, capsys):
-    pretraining = call("pirl_stl_train_test", *tiny, "--experiment-name", "exp")
-    assert pretraining.status == 0, pretraining.err
-    for name, flags in (("a", []), ("b", ["--pirl-model-name", "exp"])):
-        outcome = call("train_stl_after_ssl", *tiny, *flags, "--experiment-name", name)
-        assert outcome.status == 0, outcome.err
-    compare.main(["--weights-dir", str(tmp_path / "weights"), "a", "b"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.count("%") for line in lines] == [0, 0, 4, 4]
-
-
 # ---- Speed ---------------------------------------------------------------------------
 TINY = ["--image-size", "36", "--device", "cpu", "--steps", "1"]
 
@@ -483,11 +505,10 @@ def test_throughput(monkeypatch, capsys):
         assert float(time_ratio) > 0
 
 
-@pytest.mark.parametrize("pretext", ["rotation", "jigsaw-rotation"])
-def test_throughput_of_other_pretext_tasks(monkeypatch, capsys, pretext):
+def test_throughput_of_other_pretext_tasks(monkeypatch, capsys):
     """The conventional pipeline has jigsaw puzzles alone."""
     monkeypatch.setattr(throughput, "IMAGES", 32)
-    flags = [*TINY, "--batch-size", "8", "--rounds", "1", "--pretext", pretext]
+    flags = [*TINY, "--batch-size", "8", "--rounds", "1", "--pretext", "rotation"]
     throughput.main([*flags, "--conventional", "False"])
     assert "training step | " in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -495,26 +516,17 @@ def test_throughput_of_other_pretext_tasks(monkeypatch, capsys, pretext):
     assert "use --conventional False" in capsys.readouterr().err
 
 
-def test_the_yardstick_is_a_product_in_the_network_s_precision(monkeypatch):
-    dtypes = []
-
-    def product_rate(device, dtype):
-        dtypes.append(dtype)
-        return 1e12
-
-    monkeypatch.setattr(throughput, "IMAGES", 32)
-    monkeypatch.setattr(throughput, "product_rate", product_rate)
-    flags = [*TINY, "--batch-size", "8", "--rounds", "1", "--conventional", "False"]
-    for precision in ("fp32", "bf16"):
-        result = throughput.measure(
-            throughput.parse_args([*flags, "--precision", precision])
-        )
-        assert result["share"] == pytest.approx(result["rate"])
-    assert dtypes == [torch.float32, torch.bfloat16]
-
-
-def test_the_figures_of_throughput(monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_figures_of_throughput(monkeypatch, precision, dtype):
     """Of made-up seconds: speeds, ratios and the share of the yardstick."""
+    products = []
+
+    def made_up_rate(device, dtype):
+        products.append((device.type, dtype))
+        return 28e9
+
     kinds = {}
 
     def contestant(name):
@@ -531,10 +543,10 @@ def test_the_figures_of_throughput(monkeypatch):
     monkeypatch.setattr(throughput, "training_step", contestant("training step"))
     monkeypatch.setattr(throughput, "count_flops", lambda trainer, size: 1e9 * size)
     with monkeypatch.context() as changed:
-        changed.setattr(throughput, "product_rate", lambda *_: 28e9)
+        changed.setattr(throughput, "product_rate", made_up_rate)
         changed.setattr(throughput, "timed", lambda *_: (next(seconds), 0.5))
         flags = "--image-size 36 --device cpu --steps 6 --batch-size 8 --rounds 2"
-        flags += " --conventional False"
+        flags += f" --conventional False --precision {precision}"
         result = throughput.measure(throughput.parse_args(flags.split()))
 
     speeds = {"bare network": [48, 24], "training step": [16, 12]}
@@ -543,6 +555,7 @@ def test_the_figures_of_throughput(monkeypatch):
     assert result["memory"] == 0.5
     assert result["rate"] == pytest.approx(0.014)
     assert result["share"] == pytest.approx(0.5)
+    assert products == [("cpu", dtype)], "in the network's own precision"
     conv = torch.nn.Conv2d
     assert kinds == {"bare network": {conv}, "training step": {conv, SmallMapConv2d}}
 
@@ -625,7 +638,7 @@ def test_gpu_report(monkeypatch, tmp_path, capsys):
     What fails, here for want of a compiler, is named, and the rest goes on.
     """
     monkeypatch.setattr(throughput, "IMAGES", 32)
-    monkeypatch.setattr(pirl_stl_train_test.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     monkeypatch.setattr(gpu_report, "run_cuda_tests", lambda: "9 skipped")
     monkeypatch.chdir(tmp_path)
     gpu_report.main([*TINY, "--batch-sizes", "8", "--images", "40"])
@@ -759,7 +772,7 @@ def test_gpu_report_names_the_tests_that_fail(monkeypatch):
 
 # ---- Synthetic images ----------------------------------------------------------------
 def test_synthetic_set(tmp_path):
-    counts = {"train": 200, "test": 40, "unlabelled": 30}
+    counts = {"train": 11, "test": 10, "unlabelled": 3}
     content = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         synthetic.write_synthetic(tmp_path / name, counts, seed)
@@ -767,10 +780,10 @@ def test_synthetic_set(tmp_path):
     assert content["a"] == content["b"]
     assert content["a"] != content["c"]
 
-    for split in SPLITS:
-        write_split(tmp_path / "a", tmp_path / "data", split)
-    folder = tmp_path / "data/train"
-    images, labels, *_ = load_labelled(folder, 96, torch.device("cpu"))
+    counts = {"train": 200, "test": 10, "unlabelled": 3}
+    synthetic.write_synthetic(tmp_path / "raw", counts, 1)
+    write_split(tmp_path / "raw", tmp_path / "data", "train")
+    images, labels, *_ = load_labelled(tmp_path / "data", 96, torch.device("cpu"), 0)
     assert torch.bincount(labels).tolist() == [20] * 10
 
     # Mean colour does not tell the classes apart: nearest class mean on half of the

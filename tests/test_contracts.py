@@ -458,7 +458,8 @@ def test_a_step_makes_no_tensor_on_another_device():
     assert totals.equal(same_totals)
     assert trainer.bank.vectors.equal(other_trainer.bank.vectors)
 
-    # ---- The exported trunk --------------------------------------------------------------
+
+# ---- The exported trunk --------------------------------------------------------------
 
 
 def test_the_exported_statistics_are_of_whole_training_images():

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ThinResNet, make_trainer
-from records import weights
+from PIL import Image
 
 import evaluation
-from augmentations import normalize
+from augmentations import normalize, unnormalize
 from evaluation import knn_accuracy
 from models import make_trunk
 
@@ -61,48 +60,6 @@ def test_knn_accuracy_against_loops():
     assert knn_accuracy(few, labels[:3], few, labels[:3]) == 1.0
 
 
-def test_exported_statistics_are_those_of_a_pass_over_whole_images(
-    call, tiny, tmp_path
-):
-    run = call("pirl_stl_train_test", *tiny, "--epochs", 1, "--experiment-name", "exp")
-    assert run.status == 0, run.err
-    trunk = weights(tmp_path, "exp")["trunk"]
-    training_images = make_trainer(tiny).images[:70]
-
-    resnet = ThinResNet()
-    resnet.load_state_dict(trunk, strict=False)
-    means = {}
-    variances = {}
-
-    def note_statistics(name):
-        means[name] = []
-        variances[name] = []
-
-        def hook(module, inputs, output):
-            (values,) = inputs
-            means[name].append(values.mean((0, 2, 3)))
-            variances[name].append(values.var((0, 2, 3)))
-
-        return hook
-
-    for name, module in resnet.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.register_forward_hook(note_statistics(name))
-    with torch.no_grad():
-        resnet.train()
-        for batch in training_images.split(14):
-            resnet(normalize(batch))
-
-    assert len(means) == 13
-    for name in means:
-        mean = torch.stack(means[name]).mean(0)
-        variance = torch.stack(variances[name]).mean(0)
-        found_mean = trunk[f"{name}.running_mean"]
-        found_variance = trunk[f"{name}.running_var"]
-        torch.testing.assert_close(found_mean, mean, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found_variance, variance, rtol=1e-3, atol=1e-4)
-
-
 def test_features_are_of_plain_images_unless_mirrored(monkeypatch):
     """In the order of the images, in eval mode, with a bar over all of them."""
     trunk, _ = make_trunk("res18", zero_init=False)
@@ -137,42 +94,114 @@ def test_knn_counts_its_votes_where_the_features_are():
         assert knn_accuracy(features, labels, features, labels) == 1
 
 
-def test_batches_without_training_are_small_whatever_the_batch_size(monkeypatch):
-    """A GPU that trains on a share of a batch need not hold all of it for features."""
-    trunk, _ = make_trunk("res18")
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"),
+    [
+        (300, 4096, [100, 100, 100]),
+        (420, 32, [30] * 14),
+        (33, 32, [17, 16]),
+        (5, 128, [5]),
+    ],
+)
+def test_all_images_count_nearly_alike_in_the_plain_statistics(
+    monkeypatch, images, batch_size, sizes
+):
+    """update_bn() takes the mean over batches: a small last one would count more.
+
+    And batches are small whatever the batch size: a GPU that trains on a share of a
+    batch need not hold all of it.
+    """
     seen = []
-    trunk.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    images = torch.randint(0, 256, (300, 3, 36, 36), dtype=torch.uint8)
-
-    features = evaluation.trunk_features(trunk, images, 4096)
-    assert len(features) == 300
-    assert max(seen) <= 128
-
-    for batch_size in (4096, 16):
-        sizes = []
-
-        def note_sizes(batches, trunk, sizes=sizes):
-            sizes.extend(len(batch) for batch in batches)
-
-        monkeypatch.setattr(evaluation, "update_bn", note_sizes)
-        evaluation.with_plain_bn_statistics(trunk, images, batch_size)
-        assert sum(sizes) == 300
-        assert max(sizes) < 2 * min(batch_size, 128)
-
-
-def test_all_images_count_nearly_alike_in_the_plain_statistics(monkeypatch):
-    """update_bn() takes the mean over batches: a small last one would count more."""
-    sizes = []
 
     def note_sizes(batches, trunk):
-        sizes.extend(len(batch) for batch in batches)
+        seen.extend(len(batch) for batch in batches)
 
     monkeypatch.setattr(evaluation, "update_bn", note_sizes)
-    images = torch.zeros(420, 3, 4, 4, dtype=torch.uint8)
-    evaluation.with_plain_bn_statistics(torch.nn.Identity(), images, 32)
-    assert sum(sizes) == 420
-    assert set(sizes) == {30}
+    pixels = torch.zeros(images, 3, 4, 4, dtype=torch.uint8)
+    evaluation.with_plain_bn_statistics(torch.nn.Identity(), pixels, batch_size)
+    assert seen == sizes
 
-    sizes.clear()
-    evaluation.with_plain_bn_statistics(torch.nn.Identity(), images[:33], 32)
-    assert sizes == [17, 16]
+
+def test_batches_of_features_are_small_whatever_the_batch_size():
+    seen = []
+
+    def mean_colours(images):
+        seen.append(len(images))
+        return images.mean((2, 3))
+
+    trunk = torch.nn.Module()
+    trunk.forward = mean_colours
+    images = torch.randint(0, 256, (300, 3, 4, 4), dtype=torch.uint8)
+    features = evaluation.trunk_features(trunk, images, 4096)
+    torch.testing.assert_close(features, normalize(images).mean((2, 3)))
+    assert seen == [128, 128, 44]
+
+
+# ---- The monitor of pretraining ------------------------------------------------------
+COLOURS = {  # of the classes 1 to 11, in natural order, and of a twelfth
+    **{str(n): (20 * n, 255 - 20 * n, 10 * (n % 3)) for n in range(1, 12)},
+    "zebra": (0, 0, 0),
+}
+
+
+def write_solid(folder, name, number, colour):
+    path = folder / name / f"{number}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40 + number, 50), colour).save(path)
+
+
+def write_colours(folder, wrong):
+    """Classes of 1 to 12 pictures of one colour; the first `wrong` have another's."""
+    names = list(COLOURS)
+    for count, name in enumerate(names, start=1):
+        for number in range(1, count + 1):
+            colour = COLOURS[name]
+            if number == count and names.index(name) < wrong:
+                colour = COLOURS["zebra"]
+            write_solid(folder, name, number, colour)
+
+
+class MeanColour(torch.nn.Module):
+    """In the place of a trunk: the colours, far apart where they differ at all."""
+
+    def forward(self, images):
+        colours = unnormalize(images).mean((2, 3)) - 0.5
+        return torch.cat([colours, colours**2, colours**3], dim=1)
+
+
+def monitor_of(folder, seed=0):
+    args = SimpleNamespace(data_dir=folder, image_size=36, seed=seed, batch_size=7)
+    return evaluation.make_monitor(args, torch.device("cpu"))
+
+
+def test_the_monitor_classifies_the_validation_images(tmp_path, monkeypatch, capsys):
+    """By their nearest training images, in the folders' own validation set."""
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", 1)
+    write_colours(tmp_path / "train", wrong=0)
+    write_colours(tmp_path / "val", wrong=4)
+    (tmp_path / "test").mkdir()
+    monitor = monitor_of(tmp_path)
+    assert len(monitor.data.train) == len(monitor.data.val) == 78
+    assert monitor.accuracy(MeanColour()) == pytest.approx(74 / 78)
+
+
+def test_the_monitor_searches_and_asks_other_images(tmp_path):
+    """Without such a folder, 16 % of each class; another seed is another split."""
+    write_colours(tmp_path / "train", wrong=0)
+    splits = []
+    for seed in (0, 1):
+        data = monitor_of(tmp_path, seed).data
+        both = torch.cat([data.train, data.val])
+        assert both.sort().values.equal(torch.arange(78))
+        counts = torch.bincount(data.labels[data.val], minlength=12)
+        assert counts.tolist() == [0, *[1] * 8, 2, 2, 2]
+        splits.append(sorted(data.val.tolist()))
+    assert splits[0] != splits[1]
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_labels_that_pretraining_cannot_use_are_a_note(tmp_path, classes, capsys):
+    for name in list(COLOURS)[:classes]:
+        write_solid(tmp_path / "train", name, 1, COLOURS[name])
+    assert monitor_of(tmp_path) is None
+    assert "note: kNN accuracy will not be measured" in capsys.readouterr().out

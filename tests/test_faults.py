@@ -8,6 +8,8 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
+import endurance
+import faults
 import pytest
 from faults import (
     Fault,
@@ -106,3 +108,12 @@ def test_of_a_finished_run_the_result_counts(is_same, tmp_path):
         assert faults == 1
         assert len(problems) == 1
         assert "the result is another" in problems[0]
+
+
+@pytest.mark.parametrize("script", [faults, endurance])
+def test_help_starts_nothing(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "start", None)
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")

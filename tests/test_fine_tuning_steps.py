@@ -206,9 +206,13 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     assert validation_accuracy == 0.5
 
     model = plain_copy(trainers[0].model).eval()
+    model.load_state_dict(states[1])
+    test, _ = dataset_helpers.load_test(
+        trainers[0].args.data_dir, 36, CPU, trainers[0].data.folders
+    )
     with torch.no_grad():
-        logits = model(plain(trainers[0].test_images).double())
-    shares = (logits.argmax(1) == trainers[0].test_labels).double()
+        logits = model(plain(test.images).double())
+    shares = (logits.argmax(1) == test.labels).double()
     assert test_accuracy == pytest.approx(shares.mean().item())
 
     full_history = content["history"][2:]

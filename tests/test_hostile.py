@@ -3,6 +3,7 @@
 import io
 import resource
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset_helpers import load_images
+from linear_probe import read_folds
 from runtime.errors import UserError
 from runtime.files import read_torch_file
 from stl10_data_load import IMAGE_BYTES, SPLITS, check_raw
@@ -32,12 +34,12 @@ def little_memory():
     assert peak < 2 * 2**30, f"{peak / 2**30:.1f} GB"
 
 
-def png(mode="RGB", size=(96, 96)):
+def picture(file_format="PNG", mode="RGB", size=(96, 96)):
     width, height = size
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (height, width, 4), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise, "RGBA").convert(mode).save(file, "PNG")
+    Image.fromarray(noise, "RGBA").convert(mode).save(file, file_format)
     return file.getvalue()
 
 
@@ -93,9 +95,13 @@ def result_or_line(function, path):
 
 image_bytes = st.one_of(
     st.binary(max_size=400),
-    damaged(png()),
-    damaged(png("P")),
-    damaged(png("L", (40, 40))),
+    damaged(picture()),
+    damaged(picture(mode="P")),
+    damaged(picture(mode="L", size=(40, 40))),
+    damaged(picture("JPEG", size=(60, 33))),
+    damaged(picture("TIFF", "RGBA", (20, 30))),
+    damaged(picture("WEBP", size=(30, 20))),
+    damaged(picture("BMP", size=(30, 20))),
 )
 
 
@@ -104,15 +110,42 @@ image_bytes = st.one_of(
 def test_images(tmp_path, content):
     path = tmp_path / "3.png"
     path.write_bytes(content)
-
-    def read(path):
-        images, _ = load_images([path], 96, torch.device("cpu"), "images")
-        return images
-
-    images = result_or_line(read, path)
-    if images is not None:
+    result = result_or_line(
+        lambda path: load_images([path], 96, torch.device("cpu"), "images"), path
+    )
+    if result is not None:
+        images, fingerprint = result
         assert images.shape == (1, 3, 96, 96)
         assert images.dtype == torch.uint8
+        assert fingerprint["checksum"] == zlib.crc32(images.numpy().tobytes())
+
+
+# Lines of numbers, and what may be among them.
+fold_files = st.one_of(
+    st.binary(max_size=40),
+    st.lists(
+        st.one_of(
+            st.integers(-1, 11).map(str),
+            st.sampled_from(["\n", "\r\n", "1.5", "x", "9" * 30, "²", "\ufeff", "\0"]),
+        ),
+        max_size=8,
+    ).map(lambda words: " ".join(words).encode()),
+)
+
+
+@MODERATE
+@given(fold_files)
+def test_folds(tmp_path, content):
+    path = tmp_path / "fold_indices.txt"
+    path.write_bytes(content)
+    folds = result_or_line(
+        lambda path: read_folds(path.parent, 11, torch.device("cpu")), path
+    )
+    if folds is not None:
+        assert folds
+        for fold in folds:
+            assert fold.dtype == torch.int64
+            assert 0 <= fold.min() <= fold.max() < 11
 
 
 checkpoint_bytes = st.one_of(

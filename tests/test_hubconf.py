@@ -1,20 +1,25 @@
 """The trunk by torch.hub: the network and its preprocessing."""
 
+import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ThinResNet
-from PIL import Image
+import torchvision
+from conftest import ROOT
+from PIL import Image, ImageOps
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import hubconf
 import models
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from evaluation import trunk_features
-from runtime.errors import UserError
 from runtime.files import atomic_save
+
+# The hub imports modules of its own, beyond the reach of a test's patches.
+pytestmark = pytest.mark.full_trunk
 
 
 def write_image(path, seed, size=(70, 50)):
@@ -34,7 +39,7 @@ def write_weights(path, side=48, stem="imagenet"):
         "pixel_std": PIXEL_STD,
     }
     atomic_save(content, path)
-    return trunk
+    return trunk.eval()
 
 
 def load(path, **options):
@@ -44,64 +49,35 @@ def load(path, **options):
 
 @torch.no_grad()
 def features_of(trunk, prepare, path):
-    return trunk(prepare(Image.open(path).convert("RGB"))[None])
+    return trunk(prepare(Image.open(path))[None])
 
 
+# ---- The network ---------------------------------------------------------------------
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_the_trunk_is_the_file_s_and_ready_for_use(tmp_path, stem):
+def test_the_trunk_is_the_file_s_and_plain_torchvision(tmp_path, stem):
     path = tmp_path / "exp.pt"
     expected = write_weights(path, stem=stem)
-    trunk, prepare = load(path)
-
-    assert not trunk.training
-    assert not any(module.training for module in trunk.modules())
+    trunk, _ = load(path)
     state_dict = trunk.state_dict()
     assert state_dict.keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
         assert torch.equal(state_dict[name], value), name
 
-    write_image(tmp_path / "cat.png", 1)
-    prepared = prepare(Image.open(tmp_path / "cat.png").convert("RGB"))
-    assert prepared.shape == (3, 48, 48)
-    assert prepared.dtype == torch.float32
-    assert features_of(trunk, prepare, tmp_path / "cat.png").shape == (1, 64)
+    # So whatever takes torchvision's ResNet takes it: torch.export, jit.script, fx.
+    assert type(trunk) is torchvision.models.ResNet
+    plain = {type(module) for module in torchvision.models.resnet18().modules()}
+    for module in trunk.modules():
+        assert type(module) in {*plain, torch.nn.Identity}
+        assert not module.training
 
-
-def test_features_are_those_of_extract_features(call, tmp_path):
-    path = tmp_path / "exp.pt"
-    write_weights(path)
-    sizes = [(70, 50), (48, 48), (30, 90)]
-    for seed, size in enumerate(sizes):
-        write_image(tmp_path / f"{seed}.png", seed, size)
-    out = tmp_path / "f.npz"
-    flags = ("--model", path, "--images", tmp_path, "--out", out, "--device", "cpu")
-    outcome = call("extract_features", *flags)
-    assert outcome.status == 0, outcome.err
-    expected = np.load(out)
-
-    trunk, prepare = load(path)
-    for name, features in zip(expected["names"], expected["features"], strict=True):
-        ours = features_of(trunk, prepare, tmp_path / name)
-        np.testing.assert_allclose(ours[0], features, 1e-3, 1e-4)
-
-
-def test_the_preprocessing_is_that_of_training(tmp_path):
-    """Of an image that needs no resizing, to the last digits."""
-    path = tmp_path / "exp.pt"
-    expected = write_weights(path)
-    write_image(tmp_path / "cat.png", 2, (48, 48))
-    pixels = np.asarray(Image.open(tmp_path / "cat.png")).transpose(2, 0, 1)
-    images = torch.from_numpy(pixels.copy())[None]
-
-    trunk, prepare = load(path)
-    ours = features_of(trunk, prepare, tmp_path / "cat.png")
-    torch.testing.assert_close(ours, trunk_features(expected.eval(), images, 1))
+    extractor = create_feature_extractor(trunk, ["layer3"])
+    assert extractor(torch.randn(2, 3, 36, 36))["layer3"].shape[:2] == (2, 256)
 
 
 def test_another_project_s_trunk(tmp_path, capsys):
-    """It has no settings: the usual stem, and images of STL-10's size."""
+    """It has no settings: its own stem, and images of STL-10's size."""
     torch.manual_seed(0)
-    resnet = ThinResNet()
+    resnet = torchvision.models.resnet18()
     state_dict = torch.nn.ModuleDict({"encoder_q": resnet}).state_dict()
     torch.save({"state_dict": state_dict}, tmp_path / "moco.pth")
 
@@ -118,11 +94,120 @@ def test_a_name_in_the_weights_folder(tmp_path, monkeypatch):
     assert torch.equal(trunk.conv1.weight, expected.conv1.weight)
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"there is no model .*exp\.pt"):
-        load(tmp_path / "exp.pt")
+# ---- The preprocessing ---------------------------------------------------------------
+def write_every_kind(folder):
+    """Pictures that the usual preprocessing gets wrong, and some that it does not."""
+    folder.mkdir()
+    wide = np.random.default_rng(0).integers(0, 256, (60, 90, 4), np.uint8)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        # Pillow maps a gray TIFF into memory: a way of its own.
+        for ending, bands in (("jpg", 3), ("png", 3), ("webp", 4), ("tif", 1)):
+            pixels = wide[..., 0] if bands == 1 else wide[..., :bands]
+            file = folder / f"turned_{orientation}.{ending}"
+            Image.fromarray(np.ascontiguousarray(pixels)).save(file, exif=exif)
+    bits = np.linspace(0, 65535, 50 * 48).reshape(50, 48).astype(np.uint16)
+    Image.fromarray(bits).save(folder / "16_bits.png")
+    palette = Image.fromarray(wide[..., :3]).quantize(16)
+    palette.save(folder / "palette.png", transparency=3)
+    Image.fromarray(wide).convert("LA").save(folder / "la.png")
+    Image.fromarray(wide[..., :3]).convert("CMYK").save(folder / "cmyk.jpg")
+    write_image(folder / "small.png", 1, (9, 13))
+    write_image(folder / "same.png", 2, (48, 48))
+    write_image(folder / "strip.png", 3, (900, 40))
+    write_image(folder / "strip_8.png", 4, (40, 320))
 
 
+def test_features_are_those_of_extract_features(call, tmp_path):
+    path = tmp_path / "exp.pt"
+    write_weights(path, 40)
+    write_every_kind(tmp_path / "pictures")
+    out = tmp_path / "f.npz"
+    flags = ("--model", path, "--images", tmp_path / "pictures", "--out", out)
+    outcome = call("extract_features", *flags, "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+    expected = np.load(out)
+    assert len(expected["names"]) == 40
+
+    trunk, prepare = load(path)
+    for name, features in zip(expected["names"], expected["features"], strict=True):
+        ours = features_of(trunk, prepare, tmp_path / "pictures" / name)[0].numpy()
+        difference = abs(ours - features).max()
+        assert difference < 1e-5 * abs(features).max(), name
+
+
+def test_the_preprocessing_by_hand(tmp_path):
+    write_weights(tmp_path / "exp.pt", side=40)
+    _, prepare = load(tmp_path / "exp.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    prepared = prepare(picture)
+    assert prepared.shape == (3, 40, 40)
+    assert prepared.dtype == torch.float32
+    expected = (pixels / 255 - PIXEL_MEAN) / PIXEL_STD
+    np.testing.assert_allclose(prepared.permute(1, 2, 0), expected, 1e-4, 1e-5)
+    assert torch.equal(prepare(picture), prepared), "the picture is as it was"
+
+
+# ---- Modules of the same names -------------------------------------------------------
+TAKEN = ["models", "evaluation", "augmentations", "jigsaw", "losses", "report"]
+TAKEN += ["dataset_helpers", "hubconf", "runtime", "runtime.weights", "runtime.own"]
+
+
+@pytest.mark.parametrize("file", ["exp.pt", "nothing.pt"])
+def test_modules_of_the_user_s_project_stay_its_own(tmp_path, monkeypatch, file):
+    """Those imported before and those imported later, also where loading fails."""
+    write_weights(tmp_path / "exp.pt")
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"runtime"}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            monkeypatch.delitem(sys.modules, name)
+    theirs = {name: types.ModuleType(name) for name in TAKEN}
+    for name, module in theirs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    path = [str(tmp_path), *(part for part in sys.path if part != str(ROOT))]
+    monkeypatch.setattr(sys, "path", list(path))
+
+    if file == "exp.pt":
+        trunk, prepare = load(tmp_path / file)
+        assert trunk(prepare(Image.new("RGB", (50, 50)))[None]).shape == (1, 512)
+    else:
+        with pytest.raises(Exception, match=r"there is no model .*nothing\.pt"):
+            load(tmp_path / file)
+
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            assert sys.modules[name] is theirs.get(name), name
+    assert sys.path == path
+    (tmp_path / "pictures.py").write_text("mine = 1\n")
+    (tmp_path / "checkpoints.py").write_text("import models\n")
+    try:
+        import checkpoints
+
+        import pictures
+
+        assert pictures.mine == 1
+        assert checkpoints.models is theirs["models"]
+    finally:
+        del sys.modules["pictures"]
+        del sys.modules["checkpoints"]
+
+
+def test_modules_of_other_names_are_left_alone():
+    """Taken out and imported again, numpy would not work."""
+    import runpy
+
+    names = {"torch", "numpy", "PIL", "tqdm", "torchvision.models", "runpy"}
+    before = {name: sys.modules[name] for name in names}
+    with hubconf.own_modules():
+        assert {name: sys.modules[name] for name in names} == before
+        assert "models" not in sys.modules
+    assert sys.modules["runpy"] is runpy
+    assert sys.modules["models"] is models
+
+
+# ---- What the documents say ----------------------------------------------------------
 def docstring_code(beginning):
     """The indented block of hubconf.py's docstring that begins with this line."""
     lines = hubconf.__doc__.splitlines()
@@ -137,48 +222,58 @@ def docstring_code(beginning):
     return "\n".join(block)
 
 
-@pytest.mark.full_trunk
+def readme_code():
+    """The README's lines, as a reader has completed them."""
+    readme = (ROOT / "README.md").read_text()
+    snippet = re.search(r"## Use the trunk\n\n((?:    .*\n)+)", readme)[1]
+    return "".join(line[4:] for line in snippet.splitlines(keepends=True))
+
+
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_the_docstring_s_long_form_is_the_same(tmp_path, monkeypatch, stem):
-    """For those who have a file of weights, but not this repository."""
-    import torchvision
+def test_the_documents_lines_give_the_features_of_the_trunk(
+    tmp_path, monkeypatch, stem
+):
+    """The README's, and the docstring's with and without this repository."""
     from torchvision.transforms import v2
 
-    write_weights(tmp_path / "weights/exp.pt", stem=stem)
-    write_image(tmp_path / "cat.jpg", 3)
+    expected = write_weights(tmp_path / "weights/exp.pt", 36, stem)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(pixels).save(tmp_path / "cat.jpg", exif=exif)
     monkeypatch.chdir(tmp_path)
-    names = {"torch": torch, "torchvision": torchvision, "v2": v2}
-    exec(docstring_code("saved = "), names)
+    _, prepare = load("weights/exp.pt")
+    features = features_of(expected, prepare, "cat.jpg")
+    assert features.shape == (1, 512)
 
-    image = tmp_path / "cat.jpg"
-    trunk, prepare = load("weights/exp.pt")
-    long_form = features_of(names["resnet"], names["prepare"], image)
-    torch.testing.assert_close(long_form, features_of(trunk, prepare, image))
-    assert long_form.shape == (1, 512)
+    snippets = {
+        "README": readme_code().replace('"."', repr(str(ROOT))),
+        "short": docstring_code("trunk, prepare").replace('"."', repr(str(ROOT))),
+        "long": docstring_code("saved = "),
+    }
+    for name, code in snippets.items():
+        names = {"torch": torch, "torchvision": torchvision, "v2": v2}
+        names.update(Image=Image, ImageOps=ImageOps)
+        exec(code, names)
+        torch.testing.assert_close(names["features"], features, msg=name)
 
 
 @pytest.mark.slow
-@pytest.mark.full_trunk
 def test_from_a_program_elsewhere(tmp_path):
-    """Nothing of this repository is on its path, and its folder is another one.
-
-    The README's own snippet is run by test_extract_features.py.
-    """
+    """Nothing of this repository is on its path, and its folder is another one."""
     expected = write_weights(tmp_path / "weights/exp.pt")
     write_image(tmp_path / "cat.jpg", 3)
-    short_form = docstring_code("trunk, prepare")
-    short_form = short_form.replace('"."', repr(str(ROOT)))
     code = (
         "import torch\n"
         "from PIL import Image\n"
-        f"{short_form}\n"
+        f"{readme_code()}\n"
         "torch.save(features, 'features.pth')\n"
     )
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code.replace('"."', repr(str(ROOT)))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     _, prepare = load(tmp_path / "weights/exp.pt")
-    ours = features_of(expected.eval(), prepare, tmp_path / "cat.jpg")
+    ours = features_of(expected, prepare, tmp_path / "cat.jpg")
     found = torch.load(tmp_path / "features.pth")
     torch.testing.assert_close(found, ours)

@@ -6,45 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_reference import LOSSES as LOOPS
 
-from pirl_stl_train_test import (
-    candidate_logits,
-    make_parser,
-    modified_nce,
-    nce,
-    pirl_loss,
-    pretext_correct,
-)
-
-
-# ---- The equations as loops ----------------------------------------------------------
-def cosine(a, b):
-    product = sum(x * y for x, y in zip(a, b, strict=True))
-    norm_a = sum(x * x for x in a).sqrt()
-    norm_b = sum(y * y for y in b).sqrt()
-    return product / (norm_a * norm_b)
-
-
-def loop_h(numerator, u, w, negatives, tau):
-    """Equation 3: exp(numerator/τ) / (exp(s(u, w)/τ) + Σ_k exp(s(w, m_k)/τ))."""
-    total = (cosine(u, w) / tau).exp()
-    for m in negatives:
-        total = total + (cosine(w, m) / tau).exp()
-    return (numerator / tau).exp() / total
-
-
-def loop_modified_nce(u, w, negatives, tau):
-    return -loop_h(cosine(u, w), u, w, negatives, tau).log()
-
-
-def loop_nce(u, w, negatives, tau):
-    loss = -loop_h(cosine(u, w), u, w, negatives, tau).log()
-    for m in negatives:
-        loss = loss - (1 - loop_h(cosine(w, m), u, w, negatives, tau)).log()
-    return loss
-
-
-LOOPS = {"modified-nce": loop_modified_nce, "nce": loop_nce}
+from losses import modified_nce, nce, pirl_loss, pretext_correct
+from pirl_stl_train_test import make_parser
 
 
 # ---- Vectors and settings ------------------------------------------------------------
@@ -66,11 +31,11 @@ def settings(
     )
 
 
-def join_batch(negatives, excluded, image_vectors):
+def join_batch(negatives, mask, image_embeddings):
     """The bank's negatives and those of the batch, joined as training joins them."""
-    batch_vectors = F.normalize(image_vectors, dim=1)
-    own = torch.eye(len(image_vectors), dtype=torch.bool)
-    return torch.cat([negatives, batch_vectors]), torch.cat([excluded, own], dim=1)
+    batch_vectors = F.normalize(image_embeddings, dim=1)
+    own = torch.eye(len(image_embeddings), dtype=torch.bool)
+    return torch.cat([negatives, batch_vectors]), torch.cat([mask, own], dim=1)
 
 
 # ---- The loss ------------------------------------------------------------------------
@@ -88,19 +53,19 @@ def test_loss_and_gradients_against_loops(loss, positive, weight, batch_negative
     g = torch.randn(batch, size, dtype=torch.float64, requires_grad=True)
     memory = unit(batch, size, seed=1)
     negatives = unit(count, size, seed=2)
-    excluded = torch.zeros(batch, count, dtype=torch.bool)
-    excluded[0, 3] = True
-    excluded[1, 6] = True
-    excluded[2, 0] = True
+    mask = torch.zeros(batch, count, dtype=torch.bool)
+    mask[0, 3] = True
+    mask[1, 6] = True
+    mask[2, 0] = True
 
     slow = []
     for i in range(batch):
-        rivals = [m for k, m in enumerate(negatives) if not excluded[i, k]]
+        others = [m for k, m in enumerate(negatives) if not mask[i, k]]
         if batch_negatives:
-            rivals += [f[j] for j in range(batch) if j != i]
+            others += [f[j] for j in range(batch) if j != i]
         partner = memory[i] if positive == "bank" else f[i]
-        jigsaw_term = LOOPS[loss](partner, g[i], rivals, tau)
-        image_term = LOOPS[loss](memory[i], f[i], rivals, tau)
+        jigsaw_term = LOOPS[loss](partner, g[i], others, tau)
+        image_term = LOOPS[loss](memory[i], f[i], others, tau)
         slow.append(weight * jigsaw_term + (1 - weight) * image_term)
     slow = torch.stack(slow)
     expected_gradients = torch.autograd.grad(slow.sum(), (f, g))
@@ -109,9 +74,9 @@ def test_loss_and_gradients_against_loops(loss, positive, weight, batch_negative
     g32 = g.detach().float().requires_grad_()
     all_negatives = negatives.float()
     if batch_negatives:
-        all_negatives, excluded = join_batch(all_negatives, excluded, f32)
+        all_negatives, mask = join_batch(all_negatives, mask, f32)
     args = settings(loss, positive, weight, tau)
-    fast = pirl_loss(f32, g32, memory.float(), all_negatives, excluded, args)
+    fast = pirl_loss(f32, g32, memory.float(), all_negatives, mask, args)
     gradients = torch.autograd.grad(fast.sum(), (f32, g32))
 
     assert fast.dtype == torch.float32
@@ -120,66 +85,80 @@ def test_loss_and_gradients_against_loops(loss, positive, weight, batch_negative
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_negatives_are_compared_with_the_second_vector():
-    """h(u, w) is not symmetric: Σ_k is over s(w, m_k)."""
-    u = unit(1, 128, seed=3)
-    w = unit(1, 128, seed=4)
-    negatives = unit(5, 128, seed=5)
-    excluded = torch.zeros(1, 5, dtype=torch.bool)
-    loss = modified_nce(candidate_logits(u, w, negatives, excluded, 0.07))
-    swapped = modified_nce(candidate_logits(w, u, negatives, excluded, 0.07))
-    assert abs(loss - swapped) > 1e-3
-
-
-@pytest.mark.parametrize("loss", [modified_nce, nce])
-def test_an_excluded_column_is_as_if_it_were_not_there(loss):
-    u = unit(2, 128, seed=6)
-    w = unit(2, 128, seed=7)
-    negatives = unit(9, 128, seed=8)
-    negatives[4] = w[0]  # the image's own entry would be by far the most similar
-    excluded = torch.zeros(2, 9, dtype=torch.bool)
-    excluded[:, 4] = True
+@pytest.mark.parametrize("loss", ["modified-nce", "nce"])
+@pytest.mark.parametrize("positive", ["bank", "pair"])
+def test_a_masked_vector_is_as_if_it_were_not_there(loss, positive):
+    """Even the image's own, which would be by far the most similar."""
+    memory = unit(2, 128, seed=5).float()
+    f = unit(2, 128, seed=6).float()
+    g = unit(2, 128, seed=7).float()
+    negatives = unit(9, 128, seed=8).float()
+    negatives[4] = g[0]
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, 4] = True
 
     shorter = torch.cat([negatives[:4], negatives[5:]])
-    none_excluded = torch.zeros(2, 8, dtype=torch.bool)
-    with_column = loss(candidate_logits(u, w, negatives, excluded, 0.07))
-    without_column = loss(candidate_logits(u, w, shorter, none_excluded, 0.07))
-    torch.testing.assert_close(with_column, without_column, rtol=1e-12, atol=1e-12)
+    nothing = torch.zeros(2, 8, dtype=torch.bool)
+    args = settings(loss, positive, 0.3)
+    with_column = pirl_loss(f, g, memory, negatives, mask, args)
+    without = pirl_loss(f, g, memory, shorter, nothing, args)
+    torch.testing.assert_close(with_column, without, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [modified_nce, nce])
+@pytest.mark.parametrize("loss", ["modified-nce", "nce"])
 @pytest.mark.parametrize("tau", [0.01, 0.07])
 def test_no_overflow_and_finite_gradients_at_the_extremes(loss, tau):
     """Positive and one negative at cosine ±1: the values are known in closed form."""
     w = unit(1, 128, seed=9).float()
-    second_excluded = torch.tensor([[False, True]])
+    second_masked = torch.tensor([[False, True]])
+    args = settings(loss, temp_parameter=tau)
     for positive in (1.0, -1.0):
         for negative in (1.0, -1.0):
-            v = w.clone().requires_grad_()
+            f = w.clone().requires_grad_()
+            g = w.clone().requires_grad_()
             negatives = negative * w.repeat(2, 1)
-            logits = candidate_logits(positive * w, v, negatives, second_excluded, tau)
-            value = loss(logits)
-            (gradient,) = torch.autograd.grad(value.sum(), v)
+            value = pirl_loss(f, g, positive * w, negatives, second_masked, args)
+            gradients = torch.autograd.grad(value.sum(), (f, g))
             assert value.isfinite().all()
-            assert gradient.isfinite().all()
+            assert all(gradient.isfinite().all() for gradient in gradients)
 
             # With one negative, −log h = softplus((n − p)/τ), and −log(1 − h(w, m)) is
-            # the same number.
+            # the same number. Both terms of the loss are alike.
             gap = min((negative - positive) / tau, 700)
             expected = math.log1p(math.exp(gap))
-            if loss is nce:
+            if loss == "nce":
                 expected = 2 * expected
             # Cosines are float32, and each processor adds them up in its own order.
             rounding = 5e-7 / tau
             assert value.item() == pytest.approx(expected, rel=1e-5, abs=rounding)
 
 
+@pytest.mark.parametrize("largest", range(4))
+def test_logits_that_are_far_apart(largest):
+    """Whichever column is the largest, by far: the value is exact, no gradient NaN."""
+    row = [0.0, 1.0, 2.0, 3.0]
+    row[largest] = 80.0
+    odds = [math.exp(logit) for logit in row]
+    log_h = row[0] - math.log(sum(odds))
+    expected_nce = -log_h
+    for k in (1, 2, 3):
+        others = [odd for column, odd in enumerate(odds) if column != k]
+        expected_nce -= math.log(sum(others)) - math.log(sum(odds))
+
+    for loss, expected in ((modified_nce, -log_h), (nce, expected_nce)):
+        logits = torch.tensor([row], requires_grad=True)
+        value = loss(logits)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert value.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert gradient.isfinite().all()
+
+
 def test_chance_level_is_log_of_the_candidates():
     """All similarities equal: −log h is log(K + 1)."""
     vector = unit(1, 128).float()
     negatives = vector.repeat(10, 1)
-    excluded = torch.zeros(1, 10, dtype=torch.bool)
-    loss = pirl_loss(vector, vector, vector, negatives, excluded, settings())
+    mask = torch.zeros(1, 10, dtype=torch.bool)
+    loss = pirl_loss(vector, vector, vector, negatives, mask, settings())
     assert loss.item() == pytest.approx(math.log(11), rel=1e-5)
 
 
@@ -195,17 +174,17 @@ def test_the_default_loss_cannot_be_solved_by_age(loss):
     memory = old.repeat(4, 1)
     bank_negatives = old.repeat(50, 1)
     current = new.repeat(4, 1)
-    bank_excluded = torch.zeros(4, 50, dtype=torch.bool)
+    bank_mask = torch.zeros(4, 50, dtype=torch.bool)
     args = settings(loss)
-    chance = pirl_loss(memory, memory, memory, bank_negatives, bank_excluded, args)
+    chance = pirl_loss(memory, memory, memory, bank_negatives, bank_mask, args)
 
     def jigsaw_term(positive, batch_negatives=False):
         args = settings(loss, positive, loss_weight=1.0)
         negatives = bank_negatives
-        excluded = bank_excluded
+        mask = bank_mask
         if batch_negatives:
-            negatives, excluded = join_batch(negatives, excluded, current)
-        return pirl_loss(current, current, memory, negatives, excluded, args)
+            negatives, mask = join_batch(negatives, mask, current)
+        return pirl_loss(current, current, memory, negatives, mask, args)
 
     # No image can be told from the others, so the loss must not be near 0.
     defaults = make_parser().parse_args([])
@@ -227,8 +206,8 @@ def test_a_tie_is_not_correct():
     """Collapsed vectors must not read as 100 %."""
     vector = unit(1, 128).float()
     negatives = vector.repeat(10, 1)
-    excluded = torch.zeros(1, 10, dtype=torch.bool)
-    assert not pretext_correct(vector, vector, negatives, excluded).item()
+    mask = torch.zeros(1, 10, dtype=torch.bool)
+    assert not pretext_correct(vector, vector, negatives, mask).item()
 
 
 @pytest.mark.parametrize(("lead", "is_correct"), [(3e-5, True), (3e-6, False)])
@@ -244,8 +223,8 @@ def test_a_lead_must_be_more_than_rounding(lead, is_correct):
     g = with_cosine(1).repeat(16, 1)
     memory = with_cosine(0.6).repeat(16, 1)
     negatives = with_cosine(0.6 - lead)[None]
-    excluded = torch.zeros(16, 1, dtype=torch.bool)
-    correct = pretext_correct(g, memory, negatives, excluded)
+    mask = torch.zeros(16, 1, dtype=torch.bool)
+    correct = pretext_correct(g, memory, negatives, mask)
     assert correct.tolist() == [is_correct] * 16
 
 
@@ -253,34 +232,32 @@ def test_correct_is_of_g_against_the_bank():
     memory = unit(2, 128, seed=1).float()
     negatives = unit(6, 128, seed=2).float()
     near_its_own = memory[0] + 0.1 * negatives[0]
-    near_a_rival = negatives[3] + 0.1 * memory[1]
-    g = torch.stack([near_its_own, near_a_rival])
-    excluded = torch.zeros(2, 6, dtype=torch.bool)
-    correct = pretext_correct(g, memory, negatives, excluded)
+    near_a_negative = negatives[3] + 0.1 * memory[1]
+    g = torch.stack([near_its_own, near_a_negative])
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    correct = pretext_correct(g, memory, negatives, mask)
     assert correct.tolist() == [True, False]
     assert correct.dtype == torch.bool
 
-    # The rival is the image's own entry, and the others are far away.
-    excluded[1, 3] = True
+    # The negative is the image's own entry, and the others are far away.
+    mask[1, 3] = True
     negatives[[0, 1, 2, 4, 5]] = -memory[1]
-    assert pretext_correct(g, memory, negatives, excluded).tolist()[1]
+    assert pretext_correct(g, memory, negatives, mask).tolist()[1]
 
 
 def test_correct_does_not_depend_on_length_or_float_type():
     """g comes as the network gives it: neither normalised nor, on GPUs, in float32."""
     memory = unit(40, 128, seed=1).float()
     negatives = unit(20, 128, seed=2).float()
-    excluded = torch.zeros(40, 20, dtype=torch.bool)
+    mask = torch.zeros(40, 20, dtype=torch.bool)
     g = memory + 3 * unit(40, 128, seed=3).float()
 
     similarity = F.normalize(g, dim=1) @ torch.cat([memory, negatives]).T
     own = similarity[:, :40].diagonal()
     expected = own > similarity[:, 40:].amax(1)
     assert 0 < expected.sum() < 40
-    assert pretext_correct(g, memory, negatives, excluded).equal(expected)
-    assert pretext_correct(100 * g, memory, negatives, excluded).equal(expected)
-    rounded = pretext_correct(
-        g.bfloat16().requires_grad_(), memory, negatives, excluded
-    )
+    assert pretext_correct(g, memory, negatives, mask).equal(expected)
+    assert pretext_correct(100 * g, memory, negatives, mask).equal(expected)
+    rounded = pretext_correct(g.bfloat16().requires_grad_(), memory, negatives, mask)
     assert (rounded != expected).sum() <= 1
     assert not rounded.requires_grad

@@ -20,14 +20,14 @@ def test_update_is_the_paper_s_and_touches_only_the_batch():
     bank = make_bank(beta=0.3)
     before = bank.vectors.clone()
     index = torch.tensor([7, 0, 33])
-    image_vectors = 5 * torch.randn(3, 128)
+    embeddings = 5 * torch.randn(3, 128)
 
-    bank.update(index, image_vectors)
+    bank.update(index, embeddings)
 
     positions = {row: position for position, row in enumerate(index.tolist())}
     for row in range(50):
         if row in positions:
-            f = image_vectors[positions[row]].double()
+            f = embeddings[positions[row]].double()
             f = f / (f * f).sum().sqrt()
             expected = 0.3 * before[row].double() + 0.7 * f
             expected = expected / (expected * expected).sum().sqrt()
@@ -58,16 +58,16 @@ def test_every_image_has_exactly_so_many_other_training_images():
     index = torch.arange(0, 50, 3)  # training and validation images
     for step in range(20):
         generator = make_generator("cpu", step)
-        vectors, excluded = bank.draw_negatives(index, 12, generator)
+        vectors, masks = bank.negatives(bank.draw(12, generator), index)
 
         rows = [row_of(bank, vector) for vector in vectors]
         assert len(set(rows)) == 13
         assert max(rows) < 40, "a validation image is never a negative"
 
-        assert (excluded.sum(1) == 1).all()
-        for image, mask in zip(index.tolist(), excluded.tolist(), strict=True):
+        assert (masks.sum(1) == 1).all()
+        for image, mask in zip(index.tolist(), masks.tolist(), strict=True):
             pairs = zip(rows, mask, strict=True)
-            visible = [row for row, is_excluded in pairs if not is_excluded]
+            visible = [row for row, is_masked in pairs if not is_masked]
             assert image not in visible
             assert len(visible) == 12
 
@@ -75,8 +75,8 @@ def test_every_image_has_exactly_so_many_other_training_images():
 def test_all_others_when_as_many_are_asked_for():
     bank = make_bank()
     generator = make_generator("cpu", 0)
-    vectors, excluded = bank.draw_negatives(torch.tensor([5]), 39, generator)
-    visible = {row_of(bank, vector) for vector in vectors[~excluded[0]]}
+    vectors, mask = bank.negatives(bank.draw(39, generator), torch.tensor([5]))
+    visible = {row_of(bank, vector) for vector in vectors[~mask[0]]}
     assert visible == set(range(40)) - {5}
 
 
@@ -88,9 +88,9 @@ def test_negatives_are_uniform():
         # What the bank draws.
         rows = torch.randperm(40, generator=make_generator("cpu", step))[:11]
         generator = make_generator("cpu", step)
-        vectors, excluded = bank.draw_negatives(torch.tensor([0]), 10, generator)
+        vectors, mask = bank.negatives(bank.draw(10, generator), torch.tensor([0]))
         assert (vectors == bank.vectors[rows]).all()
-        counts[rows[~excluded[0]]] += 1
+        counts[rows[~mask[0]]] += 1
 
     assert counts[0] == 0
     expected = steps * 10 / 39

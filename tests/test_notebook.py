@@ -4,12 +4,10 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
-from records import same_results
+from records import same_results, weights
 
 import extract_features
 import pictures
@@ -95,9 +93,9 @@ def test_in_a_thread_no_handler_is_installed(arguments, tmp_path, monkeypatch, s
     seen = []
     begin_epoch = loop.LoopControl.begin_epoch
 
-    def noting_begin(loop):
-        seen.append(loop.handlers_before == {} and handlers() == before)
-        begin_epoch(loop)
+    def noting_begin(control):
+        seen.append(control.signals.handlers_before == {} and handlers() == before)
+        begin_epoch(control)
 
     monkeypatch.setattr(loop.LoopControl, "begin_epoch", noting_begin)
     flags = ["--experiment-name", "exp"]
@@ -140,27 +138,25 @@ def break_off(monkeypatch, which):
     monkeypatch.setattr(pirl_stl_train_test.PretrainingTrainer, "train_step", failing)
 
 
-def test_a_run_again_after_an_error(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_run_again_after_an_error(
+    arguments, finished, tmp_path, monkeypatch, threaded
+):
     """A notebook keeps the traceback, and with it all that the failed run held."""
-    pirl_stl_train_test.main(arguments("--experiment-name", "whole"))
+    finished("whole")
     break_off(monkeypatch, which=3)
     flags = arguments("--experiment-name", "exp", "--checkpoint-minutes", 0)
-    with pytest.raises(ValueError, match="a cell's error") as kept:
-        pirl_stl_train_test.main(flags)
-
-    pirl_stl_train_test.main([*flags, "--resume"])
-    assert kept.traceback
-    assert same_results(tmp_path, "whole", "exp")
-
-
-def test_a_run_again_after_an_error_in_a_thread(arguments, tmp_path, monkeypatch):
-    """What the thread's run held is not in the way of the main thread's."""
-    break_off(monkeypatch, which=3)
-    flags = arguments("--experiment-name", "exp", "--checkpoint-minutes", 0)
-    kept = in_a_thread(pirl_stl_train_test.main, flags)
+    if threaded:
+        kept = in_a_thread(pirl_stl_train_test.main, flags)
+    else:
+        with pytest.raises(ValueError, match="a cell's error") as caught:
+            pirl_stl_train_test.main(flags)
+        kept = caught.value
     assert str(kept) == "a cell's error"
+
     pirl_stl_train_test.main([*flags, "--resume"])
-    assert (tmp_path / "weights/exp.pt").exists()
+    assert kept.__traceback__
+    assert same_results(tmp_path, "whole", "exp")
 
 
 @pytest.mark.parametrize("script", [pirl_stl_train_test, train_stl_after_ssl])
@@ -174,17 +170,19 @@ def test_a_corrected_flag_needs_no_other_name(arguments, tmp_path, script):
     assert (tmp_path / "weights/exp.pt").exists()
 
 
-def test_a_signal_ends_the_run_and_not_the_notebook(arguments, tmp_path, monkeypatch):
+def test_a_signal_ends_the_run_and_not_the_notebook(
+    arguments, finished, tmp_path, monkeypatch
+):
     """Jupyter's button to interrupt is a SIGINT; the next cell may resume."""
-    pirl_stl_train_test.main(arguments("--experiment-name", "whole"))
+    finished("whole")
     flags = arguments("--experiment-name", "exp")
 
     with monkeypatch.context() as patch:
         begin_epoch = loop.LoopControl.begin_epoch
 
-        def interrupt(loop):
+        def interrupt(control):
             os.kill(os.getpid(), signal.SIGINT)
-            begin_epoch(loop)
+            begin_epoch(control)
 
         patch.setattr(loop.LoopControl, "begin_epoch", interrupt)
         with pytest.raises(SystemExit) as end:
@@ -254,7 +252,6 @@ def test_a_notebook(arguments, tmp_path):
         assert not [o for o in cell.outputs if o.output_type == "error"]
         assert texts(cell, "stderr") == ""
     assert "epoch 2/2: loss" in texts(pretraining, "stdout")
-    assert "using trunk of" in texts(fine_tuning, "stdout")
+    assert f"res18, PIRL trunk ({tmp_path}" in texts(fine_tuning, "stdout")
     assert "Only softmax layer is fine tuned | " in texts(fine_tuning, "stdout")
-    model = torch.load(Path(tmp_path / "weights/l.pt"), weights_only=True)
-    assert "softmax" in model["results"]
+    assert "softmax" in weights(tmp_path, "l")["results"]

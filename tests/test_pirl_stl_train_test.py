@@ -2,7 +2,7 @@
 
 import builtins
 import colorsys
-import re
+import csv
 import shutil
 import signal
 import sys
@@ -29,6 +29,7 @@ from records import (
 )
 
 import dataset_helpers
+import evaluation
 import pirl_stl_train_test
 from augmentations import normalize
 from evaluation import knn_accuracy
@@ -105,6 +106,18 @@ def test_run_writes_what_the_readme_says(pretrain, tmp_path):
     assert columns <= set(lines[0])
     assert all(float(line["val_loss"]) > 0 for line in lines)
 
+    # Row by row, and column by column, what the finished model has.
+    path = tmp_path / "observations/exp_observations.csv"
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == [
+        *("epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate"),
+        *("images_per_second", "knn_acc", "seconds"),
+    ]
+    for row, metrics in zip(rows, content["history"], strict=True):
+        values = [metrics[column] for column in header]
+        assert row == ["" if value is None else str(value) for value in values]
+
     left = {file.name for file in (tmp_path / "weights").iterdir()}
     assert left == {"exp.pt", "exp.ckpt", ".exp.run.lock"}
 
@@ -118,26 +131,6 @@ def test_same_seed_same_weights(pretrain, tmp_path):
     a = parts_of(weights(tmp_path, "a"))
     c = parts_of(weights(tmp_path, "c"))
     assert not same(a, c)
-
-
-def test_each_image_is_visited_once_per_epoch_in_another_order(pretrain, monkeypatch):
-    visited = []
-    train_step = pirl_stl_train_test.PretrainingTrainer.train_step
-
-    def note_index(trainer, index, *rest):
-        visited.append(index)
-        return train_step(trainer, index, *rest)
-
-    monkeypatch.setattr(
-        pirl_stl_train_test.PretrainingTrainer, "train_step", note_index
-    )
-    assert pretrain("exp").status == 0
-
-    first = torch.cat(visited[:5])
-    second = torch.cat(visited[5:])
-    assert first.sort().values.equal(torch.arange(70))
-    assert second.sort().values.equal(torch.arange(70))
-    assert not first.equal(second)
 
 
 def test_at_most_so_many_images_validate(tiny, monkeypatch):
@@ -207,62 +200,10 @@ def test_resume_is_exact_from_any_step(pretrain, finished, tmp_path, monkeypatch
         assert same(whole_run, halves)
 
 
-def test_a_damaged_checkpoint_is_refused_and_kept(pretrain, finished, tmp_path):
-    finished("hurt")
-    file = tmp_path / "weights/hurt.ckpt"
-    whole = file.read_bytes()
-    middle = len(whole) // 2
-
-    cut_off = whole[:-1000]
-    zeros_inside = whole[:middle] + bytes(64) + whole[middle + 64 :]
-    for damaged in (cut_off, zeros_inside, b""):
-        file.write_bytes(damaged)
-        outcome = pretrain("hurt", "--resume")
-        assert outcome.is_one_line_error("hurt.ckpt", "another copy")
-        assert file.read_bytes() == damaged
-
-    file.write_bytes(whole)
-    assert pretrain("hurt", "--resume").status == 0
-
-
-def test_a_finished_run_resumed_changes_nothing(pretrain, finished, tmp_path):
-    finished("exp")
-    parts_before = parts_of(weights(tmp_path, "exp"))
-    table_before = table(tmp_path, "exp")
-
-    assert pretrain("exp", "--resume").status == 0
-    assert same(parts_before, parts_of(weights(tmp_path, "exp")))
-    assert table_before == table(tmp_path, "exp")
-
-
 def test_resume_without_a_checkpoint_begins_and_says_so(pretrain):
     outcome = pretrain("new", "--resume")
     assert outcome.status == 0
     assert "from the beginning" in outcome.out
-
-
-def test_without_a_checkpoint_resume_overwrites_nothing(pretrain, finished, tmp_path):
-    finished("exp")
-    for file in (tmp_path / "weights").glob("exp*.ckpt"):
-        file.unlink()
-    before = (tmp_path / "weights/exp.pt").read_bytes()
-
-    assert pretrain("exp", "--resume").is_one_line_error("exp.pt")
-    assert (tmp_path / "weights/exp.pt").read_bytes() == before
-
-
-def test_resume_with_other_settings_lists_them(pretrain, finished, tmp_path):
-    finished("exp")
-    before = (tmp_path / "weights/exp.ckpt").read_bytes()
-
-    changed = ("--batch-size", 8, "--seed", 5, "--loss", "nce")
-    outcome = pretrain("exp", *changed, "--resume")
-    assert outcome.is_one_line_error(
-        "--batch-size was 16, is 8",
-        "--seed was 0, is 5",
-        "--loss was modified-nce, is nce",
-    )
-    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
 
 
 def test_a_flag_that_is_left_out_keeps_its_value(pretrain, tmp_path, monkeypatch):
@@ -279,42 +220,6 @@ def test_a_flag_that_is_left_out_keeps_its_value(pretrain, tmp_path, monkeypatch
     assert settings["lr"] == 0.1
     assert settings["non_linear_head"] is True
     assert settings["count_negatives"] == 20
-
-
-def test_a_given_default_that_differs_is_refused(pretrain):
-    """0.2 is the default of --lr, and False that of --only-train: given, they count."""
-    assert pretrain("exp", "--lr", 0.1, "--only-train").status == 0
-
-    outcome = pretrain("exp", "--lr", 0.2, "--resume")
-    assert outcome.is_one_line_error("--lr was 0.1, is 0.2")
-    outcome = pretrain("exp", "--only-train", "False", "--resume")
-    assert outcome.is_one_line_error("--only-train was True, is False")
-    outcome = pretrain("exp", "--lr", 0.1, "--only-train", "--resume")
-    assert outcome.status == 0, outcome.err
-
-
-def test_what_a_resumed_run_may_change_is_a_note(pretrain, finished, tmp_path):
-    finished("exp")
-
-    changed = ("--knn-every", 1, "--checkpoint-minutes", 3)
-    outcome = pretrain("exp", *changed, "--resume")
-    assert outcome.status == 0, outcome.err
-    assert "note: --knn-every was 5, is 1" in outcome.out
-    assert "note: --checkpoint-minutes was 10.0, is 3.0" in outcome.out
-    assert weights(tmp_path, "exp")["settings"]["knn_every"] == 1
-
-
-def test_messages_name_no_flag_that_was_not_given(pretrain, finished):
-    """A changed --epochs does not bring --tmax-for-cos-decay into a message."""
-    finished("exp")
-
-    outcome = pretrain("exp", "--epochs", 3, "--only-train", "--resume")
-    assert outcome.is_one_line_error("--only-train was False, is True")
-    assert re.findall(r"--[a-z-]+ was", outcome.err) == ["--only-train was"]
-
-    outcome = pretrain("exp", "--epochs", 3, "--resume")
-    assert outcome.status == 0
-    assert re.findall(r"--[a-z-]+ was", outcome.out) == ["--epochs was"]
 
 
 def test_more_epochs_for_a_finished_run(pretrain, finished, tmp_path):
@@ -334,6 +239,62 @@ def test_more_epochs_for_a_finished_run(pretrain, finished, tmp_path):
     assert rates_of(after)[2] == 0
     convolution = "conv1.weight"
     assert torch.equal(before["trunk"][convolution], after["trunk"][convolution])
+
+
+def test_what_a_resumed_run_may_change_and_what_not(pretrain, finished, tmp_path):
+    """Notes for these flags; any other is refused by its name, before anything else."""
+    finished("exp")
+    changed = ("--knn-every", 1, "--checkpoint-minutes", 3, "--cuda-graph")
+    outcome = pretrain("exp", *changed, "--tmax-for-cos-decay", 3, "--resume")
+    assert outcome.status == 0, outcome.err
+    notes = [line for line in outcome.out.splitlines() if " was " in line]
+    assert notes == [
+        "note: --tmax-for-cos-decay was 2, is 3",
+        "note: --knn-every was 5, is 1",
+        "note: --cuda-graph was False, is True",
+        "note: --checkpoint-minutes was 10.0, is 3.0",
+    ]
+    settings = weights(tmp_path, "exp")["settings"]
+    assert settings["knn_every"] == 1
+    assert settings["tmax_for_cos_decay"] == 3
+
+    before = (tmp_path / "weights/exp.ckpt").read_bytes()
+    refused = {
+        "--batch-size": 8,
+        "--seed": 5,
+        "--lr": 0.1,
+        "--loss": "nce",
+        "--positive": "pair",
+        "--only-train": True,
+        "--count-negatives": 20,
+        "--batch-negatives": False,
+        "--loss-weight": 0.4,
+        "--temp-parameter": 0.1,
+        "--beta": 0.4,
+        "--weight-decay": 0.1,
+        "--warmup-steps": 99,
+        "--crop-area": 0.3,
+        "--colour-strength": 0.4,
+        "--image-size": 40,
+        "--deterministic": True,
+    }
+    flags = [part for pair in refused.items() for part in pair]
+    outcome = pretrain("exp", *flags, "--resume")
+    assert outcome.is_one_line_error(*(f"{flag} was" for flag in refused))
+    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
+
+
+def test_fewer_epochs_than_are_done(pretrain, finished, tmp_path):
+    """They cannot be undone: the run says so, and its model says how many there were."""
+    finished("exp")
+    before = weights(tmp_path, "exp")
+    outcome = pretrain("exp", "--epochs", 1, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: 2 epochs are done already, so --epochs is 2" in outcome.out
+    after = weights(tmp_path, "exp")
+    assert after["settings"]["epochs"] == 2
+    assert same(parts_of(after), parts_of(before))
+    assert epochs_of(table(tmp_path, "exp")) == ["1", "2"]
 
 
 def test_a_longer_cosine_for_more_epochs(pretrain, finished, tmp_path):
@@ -390,7 +351,8 @@ def test_precision_is_stored_resolved_and_kept(pretrain, tmp_path, monkeypatch):
 def test_warm_start_under_another_name(pretrain, finished, tmp_path):
     """One more epoch with a learning rate of 0: the weights are the first run's."""
     finished("first")
-    flags = (*WARM_START, "--pirl-model-name", "first", "--lr", 0)
+    # The name of a file is enough.
+    flags = ("--cont-epoch", 2, "--pirl-model-name", "first", "--lr", 0)
     outcome = pretrain("second", *flags)
     assert outcome.status == 0, outcome.err
 
@@ -525,11 +487,6 @@ def test_an_empty_model_name_is_refused(pretrain):
     assert outcome.is_one_line_error("--pirl-model-name", "empty", status=2)
 
 
-def test_compile_without_a_compiler(pretrain, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert pretrain("exp", "--compile").is_one_line_error("C++ compiler", "g++")
-
-
 def test_compiled_code_serves_full_batches_alone(tiny):
     """Not a smaller last batch, validation or the monitor.
 
@@ -545,13 +502,13 @@ def test_compiled_code_serves_full_batches_alone(tiny):
 
     trainer.model.trunk.compile(backend=backend, dynamic=False)
     uniforms = trainer.epoch_uniforms(1)
-    labelled = pirl_stl_train_test.load_monitor(trainer.args, trainer.device)
+    monitor = evaluation.make_monitor(trainer.args, trainer.device)
     batches = [torch.arange(16), torch.arange(16, 22), torch.arange(16, 32)]
     try:
         for _ in range(2):
             for step, index in enumerate(batches):
                 trainer.train_step(index, uniforms, 1, step)
-            pirl_stl_train_test.monitor_accuracy(trainer, labelled)
+            monitor.accuracy(trainer.exported_trunk())
             pirl_stl_train_test.validate(trainer, uniforms, 1)
     finally:
         torch._dynamo.reset()
@@ -563,12 +520,11 @@ def test_compiled_code_serves_full_batches_alone(tiny):
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("side", [36, 64])
-def test_bf16_on_cpus(tiny, side):
+def test_bf16_on_cpus(tiny):
     """Its gradients are those of float32, where layer3 and layer4 see 1 × 1 too."""
     gradients = []
     for precision in ("fp32", "bf16"):
-        flags = ("--precision", precision, "--image-size", side)
+        flags = ("--precision", precision, "--image-size", 64)
         trainer = make_trainer([*tiny, *flags])
         trainer.train_step(torch.arange(16), trainer.epoch_uniforms(1), 1, 0)
         flat = [parameter.grad.flatten() for parameter in trainer.model.parameters()]
@@ -596,7 +552,9 @@ def test_files_and_place_are_compared_before_the_first_step(
         pirl_stl_train_test.PretrainingTrainer, "train_step", interrupted
     )
     assert pretrain("exp", "--resume").status == 130
-    assert compared == [(), (checkpoint(tmp_path, "exp")["checksum"], 2, 2)]
+    saved = checkpoint(tmp_path, "exp")
+    images = {name: saved[name] for name in ("checksum", "files", "decoder")}
+    assert compared == [(), (images, 2, 2)]
 
 
 def test_rank_0_alone_measures_logs_and_exports(pretrain, tmp_path, monkeypatch):
@@ -608,64 +566,14 @@ def test_rank_0_alone_measures_logs_and_exports(pretrain, tmp_path, monkeypatch)
     monkeypatch.setattr(trainer_class, "train_step", lambda *_: torch.tensor([8.0, 4]))
     monkeypatch.setattr(pirl_stl_train_test, "validate", lambda *_: (1.0, 0.5))
     monkeypatch.setattr(trainer_class, "exported_trunk", not_here)
-    for name in ("load_monitor", "tensorboard_writer"):
-        monkeypatch.setattr(pirl_stl_train_test, name, not_here)
+    monkeypatch.setattr(evaluation, "make_monitor", not_here)
+    monkeypatch.setattr(pirl_stl_train_test, "tensorboard_writer", not_here)
     outcome = pretrain("exp", "--knn-every", 1, "--tensorboard")
     assert outcome.status == 0, outcome.err
     assert not (tmp_path / "weights/exp.pt").exists()
 
 
-# ---- Learning rate -------------------------------------------------------------------
-def schedule(*flags, steps=5):
-    """The learning rates of all steps of a run: 10 epochs, 10 steps of warm-up."""
-    parser = pirl_stl_train_test.make_parser()
-    usual = ["--epochs", "10", "--lr", "0.4", "--warmup-steps", "10"]
-    args = parser.parse_args([*usual, *flags])
-    pirl_stl_train_test.resolve_defaults(args, CPU)
-    rates = []
-    for epoch in range(args.cont_epoch, args.epochs + 1):
-        for step in range(steps):
-            rates.append(pirl_stl_train_test.learning_rate(args, epoch, step, steps))
-    return rates
-
-
-def test_learning_rate_schedule():
-    rates = schedule()
-    assert rates[0] == pytest.approx(0.04, rel=1e-3)
-    assert rates[25] == pytest.approx(0.2)  # half-way down the cosine
-    assert rates[-1] < 0.001
-    assert max(rates) == max(rates[9:11])
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-    for epoch in range(10):
-        if epoch >= 2:
-            assert rates[5 * epoch] == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        cosine.step()
-
-
-def test_the_learning_rate_stays_at_its_end():
-    rates = schedule("--tmax-for-cos-decay", "6")
-    assert rates[29] > 0
-    assert rates[30:] == [0] * 20
-
-    shorter = schedule("--tmax-for-cos-decay", "6", "--epochs", "6")
-    assert rates[:30] == [pytest.approx(rate) for rate in shorter]
-
-
-def test_a_warm_start_has_a_warm_up():
-    plain = schedule()
-    warm = schedule("--warm-start", "True", "--cont-epoch", "4")
-    expected = []
-    for number, rate in enumerate(plain[15:]):
-        expected.append(pytest.approx(rate * min(1, (number + 1) / 10)))
-    assert warm == expected
-
-
 # ---- The kNN monitor and TensorBoard -------------------------------------------------
-def labelled_images(tiny):
-    return pirl_stl_train_test.load_monitor(make_trainer(tiny).args, CPU)
 
 
 def test_the_monitor_is_in_the_csv_and_reads_no_test_image(
@@ -695,13 +603,6 @@ def test_the_monitor_is_in_the_csv_and_reads_no_test_image(
     assert "kNN" in outcome.out
 
 
-def test_search_and_query_are_apart(tiny):
-    _, labels, search, query = labelled_images(tiny)
-    assert sorted([*search.tolist(), *query.tolist()]) == list(range(60))
-    assert len(query) == round(0.16 * 60)
-    assert labels[query].unique().tolist() == list(range(10))
-
-
 def test_training_does_not_notice_the_monitor(pretrain, tmp_path):
     for name, every in (("with", 1), ("without", 0)):
         outcome = pretrain(name, "--knn-every", every)
@@ -719,7 +620,8 @@ def test_the_monitor_measures_the_exported_features(pretrain, tiny, tmp_path):
     resnet = ThinResNet()
     resnet.load_state_dict(content["trunk"], strict=False)
     resnet.fc = torch.nn.Identity()
-    images, labels, search, query = labelled_images(tiny)
+    data = evaluation.make_monitor(make_trainer(tiny).args, CPU).data
+    images, labels, search, query = data.images, data.labels, data.train, data.val
 
     with torch.no_grad():
         features = resnet.eval()(normalize(images))
@@ -727,24 +629,6 @@ def test_the_monitor_measures_the_exported_features(pretrain, tiny, tmp_path):
         features[search], labels[search], features[query], labels[query]
     )
     assert content["history"][-1]["knn_acc"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_no_labelled_images_no_monitor(pretrain, own_data):
-    shutil.rmtree(own_data / "train")
-    shutil.rmtree(own_data / "test")
-    outcome = pretrain("exp", "--data-dir", own_data, "--epochs", 1)
-    assert outcome.status == 0, outcome.err
-    assert "kNN accuracy will not be measured" in outcome.out
-
-
-def test_labels_that_pretraining_cannot_use_are_a_note(pretrain, own_data):
-    """One class alone."""
-    for folder in (own_data / "train").iterdir():
-        if folder.name != "1":
-            shutil.rmtree(folder)
-    outcome = pretrain("exp", "--data-dir", own_data, "--epochs", 1)
-    assert outcome.status == 0, outcome.err
-    assert "note: kNN accuracy will not be measured" in outcome.out
 
 
 def test_tensorboard_without_its_package(pretrain, monkeypatch):
@@ -797,17 +681,6 @@ def test_tensorboard_has_the_numbers_of_the_csv(pretrain, tmp_path, monkeypatch)
 
 
 # ---- Learning ------------------------------------------------------------------------
-def test_nothing_flows_into_the_bank(tiny):
-    """What the first of two steps puts into the bank is a negative of the second.
-
-    It carries no gradient.
-    """
-    trainer = make_trainer(tiny)
-    for step, index in enumerate(torch.arange(32).split(16)):
-        trainer.train_step(index, trainer.epoch_uniforms(1), 1, step)
-        assert not trainer.bank.vectors.requires_grad
-        for parameter in trainer.model.head_f.parameters():
-            assert parameter.grad.abs().sum() > 0
 
 
 def write_patterns(folder):

@@ -1,21 +1,45 @@
-"""Other projects' checkpoints as a start: each layout as its own code writes it."""
+"""Weights to start from: our own files, and those of other projects.
+
+Each layout of another project is as its own code writes it.
+"""
 
 import argparse
 import copy
+import json
 import re
+import shutil
+import sys
+import types
 from collections import OrderedDict
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ThinResNet
 from torch import nn
 
-import hubconf
 from models import make_trunk
+from runtime import weights as weights_module
 from runtime.errors import UserError
-from runtime.files import read_torch_file
-from runtime.weights import find_trunk, model_type_of, read_weights, stem_of
+from runtime.files import atomic_save
+from runtime.weights import (
+    Architecture,
+    architecture_of,
+    choose_architecture,
+    load_weights,
+    model_type_of,
+    read_weights,
+    stem_of,
+)
+
+THIN_SHAPE = ("basic", (1, 1, 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def thin_is_res18(thin_trunk, monkeypatch):
+    """As conftest.py's thin trunk is, so that runs can start from such a file."""
+    monkeypatch.setitem(weights_module.OUR_MODEL_TYPES, THIN_SHAPE, "res18")
 
 
 def make_resnet(seed, stem="imagenet"):
@@ -228,10 +252,6 @@ def lightly(resnet, other):
     return model.state_dict()
 
 
-def lightly_by_lightning(resnet, other):
-    return {"state_dict": lightly(resnet, other), "hyper_parameters": {}}
-
-
 def lightly_teacher(resnet, other):
     """Its example of DINO."""
     teacher = nn.Sequential(*list(resnet.children())[:-1])
@@ -246,10 +266,6 @@ def lightly_with_names(resnet, other):
 
 def timm(resnet, other):
     return resnet.state_dict()
-
-
-def timm_checkpoint(resnet, other):
-    return {"epoch": 3, "arch": "resnet18", "state_dict": resnet.state_dict()}
 
 
 def compiled(resnet, other):
@@ -274,17 +290,6 @@ def barlow_twins(resnet, other):
     return {"epoch": 10, "model": state_dict, "optimizer": optimizer_state()}
 
 
-def vicreg(resnet, other):
-    model = named(backbone=with_head(resnet), projector=nn.Sequential(*two_layers()))
-    state_dict = named(module=model).state_dict()
-    return {"epoch": 10, "model": state_dict, "optimizer": optimizer_state()}
-
-
-def finished_backbone(resnet, other):
-    """resnet50.pth, which Barlow Twins and VICReg write at the end of a training."""
-    return with_head(resnet).state_dict()
-
-
 def byol(resnet, other):
     """Of lucidrains: BYOL(resnet).state_dict()."""
     model = named(
@@ -292,6 +297,18 @@ def byol(resnet, other):
         target_encoder=named(net=other, projector=nn.Linear(64, 8)),
     )
     return model.state_dict()
+
+
+def nested(resnet, other):
+    """The state dict lies two dicts deep, beside tensors that are of no network."""
+    shadow = {0: torch.zeros(64, 3, 7, 7)}
+    inside = {"shadow": shadow, "weights": named(trunk=resnet).state_dict()}
+    return {"config": {"lr": 1.0}, "model": inside, "optimizer": optimizer_state()}
+
+
+def two_copies(resnet, other):
+    """timm's trainer saves the average as state_dict_ema."""
+    return {"state_dict": resnet.state_dict(), "state_dict_ema": other.state_dict()}
 
 
 LAYOUTS = [  # and what the names of the weights begin with
@@ -308,17 +325,15 @@ LAYOUTS = [  # and what the names of the weights begin with
     (supcontrast, "encoder."),
     (supcontrast_on_several_gpus, "encoder.module."),
     (lightly, "backbone."),
-    (lightly_by_lightning, "backbone."),
     (lightly_teacher, "teacher_backbone."),
     (lightly_with_names, "backbone."),
     (timm, ""),
-    (timm_checkpoint, ""),
+    (two_copies, ""),
+    (nested, "trunk."),
     (compiled, "_orig_mod."),
     (data_parallel, "module."),
     (compiled_data_parallel, "_orig_mod.module."),
     (barlow_twins, "module.backbone."),
-    (vicreg, "module.backbone."),
-    (finished_backbone, ""),
     (byol, "net."),
 ]
 
@@ -341,7 +356,8 @@ def test_every_tensor_of_the_trunk_arrives(tmp_path, capsys, layout, prefix):
     assert names_prefix(notes, prefix)
     for key in ("teacher", "state_dict", "model"):
         if key in content:
-            assert key in notes
+            entry = "model.weights" if layout is nested else key
+            assert f'using the entry "{entry}" of the file' in notes
 
 
 @pytest.mark.parametrize("layout", [moco_v2, swav])
@@ -353,17 +369,6 @@ def test_files_of_torch_before_1_6(tmp_path, layout):
     torch.save(content, path, _use_new_zipfile_serialization=False)
     _, weights = read_weights(str(path), tmp_path)
     assert same_trunk(weights["trunk"], resnet)
-
-
-@pytest.mark.full_trunk
-@pytest.mark.parametrize("model_type", ["res18", "res34", "res50"])
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_a_trunk_shows_what_it_is(model_type, stem):
-    with torch.device("meta"):  # the shapes are enough
-        trunk, _ = make_trunk(model_type, stem)
-    state_dict = trunk.state_dict()
-    assert model_type_of(state_dict) == model_type
-    assert stem_of(state_dict) == stem
 
 
 @pytest.mark.parametrize(("layout", "key"), [(dino, "args"), (supcontrast, "opt")])
@@ -378,69 +383,218 @@ def test_the_flags_that_projects_save_beside_the_weights(tmp_path, layout, key):
     assert same_trunk(weights["trunk"], resnet)
 
 
-def test_a_thick_and_a_deep_resnet(capsys):
-    """What tells a stem from other layers is its three channels, in any ResNet."""
-    content = {"encoder.conv1.weight": torch.zeros(64, 3, 7, 7)}
-    content["encoder.layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
-    content["encoder.layer1.0.conv3.weight"] = torch.zeros(256, 64, 1, 1)
-    trunk = find_trunk(content)
-    assert list(trunk) == [name.removeprefix("encoder.") for name in content]
-    assert names_prefix(capsys.readouterr().out, "encoder.")
+# ---- .safetensors --------------------------------------------------------------------
+def write_safetensors(path, tensors):
+    """By hand: the header's length, the header in JSON, then the bytes."""
+    header = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, value in tensors.items():
+        content = value.contiguous().numpy().tobytes()
+        kind = {torch.float32: "F32", torch.int64: "I64"}[value.dtype]
+        places = [len(data), len(data) + len(content)]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(value.shape),
+            "data_offsets": places,
+        }
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def read_by_hand(path):
+    """In the place of safetensors.torch.load_file, which need not be installed."""
+    content = Path(path).read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header.pop("__metadata__")
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        dtype = {"F32": torch.float32, "I64": torch.int64}[entry["dtype"]]
+        buffer = bytearray(content[begin + first : begin + last])
+        tensors[name] = torch.frombuffer(buffer, dtype=dtype).reshape(entry["shape"])
+    return tensors
+
+
+@pytest.fixture
+def safetensors(monkeypatch):
+    """The package, or, where it is missing, what our code needs of it."""
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError:
+        stand_in = types.ModuleType("safetensors.torch")
+        stand_in.load_file = read_by_hand
+        package = types.ModuleType("safetensors")
+        monkeypatch.setitem(sys.modules, "safetensors", package)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", stand_in)
+
+
+def test_safetensors(tmp_path, safetensors):
+    """As timm and the Hugging Face hub have them."""
+    resnet = make_resnet(1)
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, named(backbone=resnet).state_dict())
+    _, weights = read_weights("model.safetensors", tmp_path)
+    assert same_trunk(weights["trunk"], resnet)
+
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"is damaged or no safetensors file .*: use"):
+        read_weights(str(path), tmp_path)
+
+
+def test_safetensors_without_its_package(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, make_resnet(1).state_dict())
+    outcome = call("train_stl_after_ssl", *tiny, "--pirl-model-name", path)
+    assert outcome.is_one_line_error(path, "pip install safetensors")
+
+
+# ---- Which network it is -------------------------------------------------------------
+def tensors_of(network):
+    """A state dict of the right shapes, which takes no memory."""
+    state_dict = network.state_dict()
+    return {name: torch.zeros(()).expand(v.shape) for name, v in state_dict.items()}
+
+
+@pytest.mark.full_trunk
+@pytest.mark.parametrize("model_type", ["res18", "res34", "res50"])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_a_trunk_shows_what_it_is(model_type, stem):
+    with torch.device("meta"):  # the shapes are enough
+        trunk, _ = make_trunk(model_type, stem)
+    state_dict = trunk.state_dict()
+    assert model_type_of(state_dict) == model_type
+    assert stem_of(state_dict) == stem
+
+
+def gray_resnet():
+    resnet = ThinResNet()
+    resnet.conv1 = nn.Conv2d(1, 64, 7)
+    return resnet
+
+
+def resnet_with_another_stem():
+    resnet = torchvision.models.resnet18()
+    resnet.conv1 = nn.Conv2d(3, 64, 5)
+    return resnet
+
+
+@pytest.mark.parametrize(
+    ("make_network", "name"),
+    [
+        (torchvision.models.resnet101, "it is a ResNet-101"),
+        (torchvision.models.resnet152, "it is a ResNet-152"),
+        (torchvision.models.wide_resnet50_2, "it is a wide ResNet"),
+        (torchvision.models.wide_resnet101_2, "it is a wide ResNet"),
+        (torchvision.models.resnext50_32x4d, "it is a ResNeXt"),
+        (torchvision.models.resnext101_64x4d, "it is a ResNeXt"),
+        (gray_resnet, "its images have 1 channels"),
+        (resnet_with_another_stem, "its first convolution is 5 × 5"),
+        (ThinResNet, "it is a ResNet of basic blocks, [1, 1, 1, 1]"),
+    ],
+)
+def test_other_networks_are_named(tmp_path, monkeypatch, make_network, name):
+    monkeypatch.delitem(weights_module.OUR_MODEL_TYPES, THIN_SHAPE)
+    with torch.device("meta"):
+        network = make_network()
+    path = tmp_path / "other.pth"
+    torch.save(tensors_of(network), path)
+    path, weights = read_weights(str(path), tmp_path)
+    args = argparse.Namespace(model_type=None, stem=None, image_size=None)
+    with pytest.raises(UserError, match=re.escape(name)) as error:
+        choose_architecture(args, path, weights)
+    assert f"{path} does not fit" in str(error.value)
+    assert str(error.value).endswith(": give a ResNet-18, -34 or -50 for RGB images")
+
+
+def choice(weights, **given):
+    flags = dict.fromkeys(("model_type", "stem", "image_size"))
+    args = argparse.Namespace(**{**flags, **given})
+    choose_architecture(args, "exp.pt", weights)
+    return args.model_type, args.stem, args.image_size
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen", "note"),
+    [
+        ({}, ("res34", "small", 64), ""),
+        (
+            {"model_type": "res34", "stem": "small", "image_size": 48},
+            ("res34", "small", 48),
+            "note: exp.pt was trained with --image-size 64, 48 is used\n",
+        ),
+        ({"image_size": 64}, ("res34", "small", 64), ""),
+    ],
+)
+def test_the_network_of_our_file_is_taken(capsys, given, chosen, note):
+    settings = {"model_type": "res34", "stem": "small", "image_size": 64}
+    assert choice({"settings": settings}, **given) == chosen
+    assert capsys.readouterr().out == note
+
+
+def test_the_network_of_another_project_s_file_is_taken(capsys):
+    with torch.device("meta"):
+        trunk, _ = make_trunk("res50", "small")
+    weights = {"settings": {}, "trunk": trunk.state_dict()}
+    assert choice(weights) == ("res50", "small", 96)
+    assert "exp.pt does not say for which size" in capsys.readouterr().out
+    assert choice(weights, image_size=64) == ("res50", "small", 64)
+    assert capsys.readouterr().out == ""
+    assert architecture_of("exp.pt", weights) == Architecture("res50", "small", None)
+
+
+def test_without_a_file_there_are_defaults():
+    assert choice({}) == ("res18", "imagenet", 96)
+    given = {"model_type": "res50", "stem": "small", "image_size": 36}
+    assert choice({}, **given) == ("res50", "small", 36)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model_type": "res18"}, "exp.pt is of --model-type res34, not res18: leave"),
+        ({"stem": "imagenet"}, "exp.pt is of --stem small, not imagenet: leave"),
+    ],
+)
+def test_a_flag_that_contradicts_the_file_is_refused(given, message):
+    settings = {"model_type": "res34", "stem": "small", "image_size": 64}
+    with pytest.raises(UserError, match=message):
+        choice({"settings": settings}, **given)
 
 
 # ---- Whole runs ----------------------------------------------------------------------
-def test_fine_tuning_starts_from_moco(call, tiny, tmp_path):
-    resnet = make_resnet(1)
-    path = tmp_path / "moco_v2_200ep_pretrain.pth.tar"
-    torch.save(moco_v2(resnet, make_resnet(2)), path)
-
+@pytest.mark.parametrize(
+    ("layout", "stem"), [(moco_v2, "imagenet"), (supcontrast, "small")]
+)
+def test_fine_tuning_starts_from_another_project(call, tiny, tmp_path, layout, stem):
+    """Its stem need not be said. In the softmax stage the trunk stays as it is."""
+    resnet = make_resnet(1, stem)
+    path = tmp_path / "other.pth.tar"
+    torch.save(layout(resnet, make_resnet(2, stem)), path)
     run = ("--pirl-model-name", path, "--experiment-name", "exp")
     outcome = call("train_stl_after_ssl", *tiny, *run)
     assert outcome.status == 0, outcome.err
-    assert "module.encoder_q." in outcome.out
     assert f"trunk of another project ({path})" in outcome.out
-    # In the softmax stage the trunk stays as it is.
     saved = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
     assert same_trunk(saved["trunk"], resnet)
+    assert saved["settings"]["stem"] == stem
 
 
-def test_fine_tuning_starts_from_supcontrast(call, tiny, tmp_path, data_dir):
-    """Its stem is the small one, which need not be said."""
-    resnet = make_resnet(1, stem="small")
-    path = tmp_path / "supcon.pth"
-    torch.save(supcontrast(resnet, None), path)
-
-    run = ("--pirl-model-name", path, "--experiment-name", "exp")
-    outcome = call("train_stl_after_ssl", *tiny, *run)
-    assert outcome.status == 0, outcome.err
-    saved = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
-    assert same_trunk(saved["trunk"], resnet)
-    assert saved["settings"]["stem"] == "small"
-
-    trunk, _ = hubconf.trunk(path)
-    assert trunk.conv1.weight.equal(resnet.conv1.weight)
-    out = ("--image-size", 36, "--out", tmp_path / "f.npz")
-    outcome = call("extract_features", "--model", path, "--images", data_dir, *out)
-    assert outcome.status == 0, outcome.err
-
-
-def test_pretraining_and_features_by_lightly(call, tiny, tmp_path, data_dir):
+def test_pretraining_starts_from_another_project(call, tiny, tmp_path):
     resnet = make_resnet(1)
     path = tmp_path / "lightly.pth"
     torch.save(lightly(resnet, make_resnet(2)), path)
-
-    run = ("--warm-start", "--pirl-model-name", path, "--epochs", 1, "--lr", 0)
+    run = ("--pirl-model-name", path, "--epochs", 1, "--lr", 0)
     outcome = call("pirl_stl_train_test", *tiny, *run, "--experiment-name", "exp")
     assert outcome.status == 0, outcome.err
     saved = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
-    weight = saved["trunk"]["layer4.0.conv2.weight"]
-    assert torch.equal(weight, resnet.layer4[0].conv2.weight)
-
-    out = tmp_path / "f.npz"
-    files = ("--images", data_dir / "test", "--image-size", 36, "--out", out)
-    outcome = call("extract_features", "--model", path, *files)
-    assert outcome.status == 0, outcome.err
-    assert np.load(out)["features"].shape == (40, 64)
+    for name, _ in resnet.named_parameters():
+        if not name.startswith("fc."):
+            expected = resnet.state_dict()[name]
+            assert torch.equal(saved["trunk"][name], expected), name
 
 
 # ---- What cannot be used -------------------------------------------------------------
@@ -455,19 +609,14 @@ def refusal(path, content):
     return line
 
 
-def test_two_networks_without_a_preference_are_named(tmp_path):
+def test_several_networks_without_a_preference_are_named(tmp_path):
+    path = tmp_path / "a.pth"
     state_dict = named(left=make_resnet(1), right=make_resnet(2)).state_dict()
-    line = refusal(tmp_path / "a.pth", state_dict)
-    assert "left., right." in line
-    line = refusal(tmp_path / "a.pth", {"state_dict": state_dict})
-    for part in ("state_dict", "left.", "right."):
-        assert part in line
-
-
-def test_two_second_encoders_without_a_first_are_named(tmp_path):
-    networks = named(momentum_a=make_resnet(1), momentum_b=make_resnet(2))
-    line = refusal(tmp_path / "a.pth", networks.state_dict())
-    assert "momentum_a., momentum_b." in line
+    assert "2 ResNets (left., right.)" in refusal(path, state_dict)
+    line = refusal(path, {"state_dict": state_dict})
+    assert "2 ResNets (state_dict left., state_dict right.)" in line
+    seconds = named(momentum_a=make_resnet(1), momentum_b=make_resnet(2))
+    assert "momentum_a., momentum_b." in refusal(path, seconds.state_dict())
 
 
 def test_a_second_encoder_alone_is_used(tmp_path):
@@ -480,81 +629,136 @@ def test_a_second_encoder_alone_is_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "says"),
     [
-        {},
-        {"state_dict": {}},
-        {"model": {"blocks.0.attn.qkv.weight": torch.zeros(9, 3)}},
-        {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)},
-        {"features.0.weight": torch.zeros(8, 3, 3, 3)},
-        # Of gray pictures.
-        {"conv1.weight": torch.zeros(64, 1, 7, 7)},
-        {"conv1.weight": "no tensor"},
-        {0: torch.zeros(1)},
-        [torch.zeros(1)],
-        torch.zeros(1),
+        ({}, "it holds no ResNet; its keys are"),
+        ({"state_dict": {}}, "its keys are state_dict"),
+        ({"patch_embed.weight": torch.zeros(8)}, "its keys are patch_embed.weight"),
+        (dict.fromkeys(range(99)), "its keys are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9)"),
+        ({"conv1.weight": "no tensor"}, "its keys are conv1.weight"),
+        ([torch.zeros(1)], "'list'"),
+        (torch.zeros(1), "does not fit"),
+        ({"trunk": {}, "settings": None}, "does not fit"),
     ],
-    ids=lambda content: str(type(content).__name__),
+    ids=range(8),
 )
-def test_a_file_without_a_resnet(tmp_path, content):
+def test_a_file_without_a_resnet_says_what_it_has(tmp_path, content, says):
     line = refusal(tmp_path / "a.pth", content)
+    assert says in line
     assert "torchvision's names" in line
-    if isinstance(content, dict) and 0 not in content:
-        assert "ResNet" in line
 
 
 def test_a_file_without_a_resnet_in_a_run(call, tiny, tmp_path):
     path = tmp_path / "vit.pth"
     torch.save({"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, path)
-    outcome = call("train_stl_after_ssl", *tiny, "--pirl-model-name", path)
-    assert outcome.is_one_line_error(path, "ResNet")
+    for script in ("train_stl_after_ssl", "pirl_stl_train_test"):
+        outcome = call(script, *tiny, "--pirl-model-name", path)
+        assert outcome.is_one_line_error(path, "holds no ResNet", "patch_embed")
+        outcome = call(script, *tiny, "--pirl-model-name", "nowhere")
+        assert outcome.is_one_line_error("there is no model nowhere", "nowhere.ckpt")
 
 
 def test_a_resnet_of_other_widths_is_refused_by_its_tensors(call, tiny, tmp_path):
     content = trunk_of(make_resnet(1))
     content["layer4.0.bn2.weight"] = torch.ones(65)
-    path = tmp_path / "wide.pth"
+    path = tmp_path / "odd.pth"
     torch.save(content, path)
     outcome = call("train_stl_after_ssl", *tiny, "--pirl-model-name", path)
     assert outcome.is_one_line_error(path, "layer4.0.bn2.weight", "--model-type")
 
 
-class Settings:
-    """As a project may put into its checkpoint, beside the weights."""
-
-
-@pytest.mark.parametrize(
-    "kind", ["the whole network", "an object of its own", "a type"]
-)
-def test_pickled_objects_are_not_called_damage(tmp_path, kind):
-    state_dict = make_resnet(1).state_dict()
-    contents = {
-        "the whole network": make_resnet(1),
-        "an object of its own": {"state_dict": state_dict, "settings": Settings()},
-        "a type": {"state_dict": state_dict, "parser": argparse.ArgumentParser},
-    }
-    line = refusal(tmp_path / "a.pth", contents[kind])
-    advice = "holds more than tensors: load it yourself, and save its state_dict"
-    assert advice in line
-    assert "damaged" not in line
-
-
-def test_the_advice_for_pickled_objects_helps(tmp_path):
-    resnet = make_resnet(1)
-    path = tmp_path / "whole.pth"
-    assert "save its state_dict" in refusal(path, resnet)
-    torch.save(torch.load(path, weights_only=False).state_dict(), path)
-    _, weights = read_weights(str(path), tmp_path)
-    assert same_trunk(weights["trunk"], resnet)
-
-
-def test_damaged_files_are_called_so(tmp_path):
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["layer4.0.conv2.weight", "bn1.running_var"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, number, name):
+    """By file and tensor. In a network that is not used it does not matter."""
+    content = moco_v2(make_resnet(1), make_resnet(2))
+    state_dict = content["state_dict"]
+    state_dict[f"module.encoder_k.{name}"].view(-1)[-1] = number
     path = tmp_path / "a.pth"
-    torch.save(moco_v1(make_resnet(1), make_resnet(2)), path)
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for content in (whole[: len(whole) // 2], bytes(flipped), b"", b"<html></html>"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.pth is damaged or .*: use another"):
-            read_torch_file(path)
+    torch.save(content, path)
+    read_weights(str(path), tmp_path)
+
+    state_dict[f"module.encoder_q.{name}"].view(-1)[-1] = number
+    line = refusal(path, content)
+    assert line == (
+        f"{path} has numbers that are not finite (trunk, {name}): use another file"
+    )
+
+
+@pytest.mark.parametrize("part", ["trunk", "head_f", "head_g", "softmax_layer"])
+def test_a_number_that_is_not_finite_in_our_own_file(tmp_path, part):
+    parts = ("trunk", "head_f", "head_g", "softmax_layer")
+    content = {name: nn.Linear(2, 2).state_dict() for name in parts}
+    content["settings"] = {}
+    content[part]["bias"][1] = float("nan")
+    assert f"not finite ({part}, bias)" in refusal(tmp_path / "a.pt", content)
+
+
+# ---- Our own files -------------------------------------------------------------------
+def test_what_is_used_of_a_file_and_what_is_not_is_said(capsys):
+    names = ("trunk", "head_f", "head_g")
+    weights = {name: nn.Linear(2, 2).state_dict() for name in names}
+    modules = {name: nn.Linear(2, 2) for name in names}
+    load_weights(modules, weights, "exp.pt")
+    for name in names:
+        assert torch.equal(modules[name].weight, weights[name]["weight"])
+    assert capsys.readouterr().out == "using trunk, head_f, head_g of exp.pt\n"
+
+    load_weights({"trunk": nn.Linear(2, 2)}, weights, "exp.pt")
+    assert capsys.readouterr().out == "using trunk of exp.pt, not head_f, head_g\n"
+    with pytest.raises(
+        UserError, match=r"exp.pt does not fit .*: give the --model-typ"
+    ):
+        load_weights({"trunk": nn.Linear(3, 2)}, weights, "exp.pt")
+
+
+def test_a_checkpoint_says_that_it_is_one(call, tiny, finished, tmp_path):
+    """Its batch-norm statistics are of crops; and its history lies elsewhere."""
+    finished("exp")
+    folder = tmp_path / "weights"
+    _, model = read_weights("exp", folder)
+    _, checkpoint = read_weights("exp.ckpt", folder)
+    assert not model["from_checkpoint"]
+    assert checkpoint["from_checkpoint"]
+    assert model["history"] == checkpoint["history"]
+    assert [row["epoch"] for row in model["history"]] == [1, 2]
+    assert model["kind"] == "PIRL weights"
+    for content in (model, checkpoint):
+        assert content["settings"]["image_size"] == 36
+        assert {"trunk", "head_f", "head_g"} <= content.keys()
+
+
+def test_weights_of_another_architecture(call, tiny, finished):
+    finished("exp")
+    run = ("--model-type", "res34", "--pirl-model-name", "exp")
+    outcome = call("train_stl_after_ssl", *tiny, *run)
+    assert outcome.is_one_line_error("exp.pt", "--model-type")
+    warm = ("--pirl-model-name", "exp", "--experiment-name", "new")
+    outcome = call("pirl_stl_train_test", *tiny, *warm, "--non-linear-head")
+    assert outcome.is_one_line_error("exp.pt", "--non-linear-head")
+
+
+def test_where_weights_are_looked_for(tmp_path, monkeypatch):
+    """A folder of the model's name is not in the way: so images are often called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = Path("weights")
+    for path in ("weights/a.pt", "weights/a.ckpt", "weights/b.ckpt", "home/c.pt"):
+        trunk = {"conv1.weight": torch.zeros(1)}
+        atomic_save({"trunk": trunk, "settings": {"path": path}}, tmp_path / path)
+    (tmp_path / "a").mkdir()
+    shutil.copy("weights/b.ckpt", "here.ckpt")
+
+    for name, path, content in (
+        ("weights/a.pt", "weights/a.pt", "weights/a.pt"),
+        ("a.pt", "weights/a.pt", "weights/a.pt"),
+        ("a", "weights/a.pt", "weights/a.pt"),
+        ("b", "weights/b.ckpt", "weights/b.ckpt"),
+        ("here.ckpt", "here.ckpt", "weights/b.ckpt"),
+        ("~/c.pt", tmp_path / "home/c.pt", "home/c.pt"),
+    ):
+        found, weights = read_weights(name, folder)
+        assert found == Path(path)
+        assert weights["settings"] == {"path": content}
+    with pytest.raises(UserError, match=r"there is no model c .*c\.pt.*: check"):
+        read_weights("c", folder)

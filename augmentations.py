@@ -114,7 +114,7 @@ def crop_box(uniforms, side, area):
     low, high = CROP_ASPECT
     aspect = between(uniforms[:, 1], math.log(low), math.log(high)).exp()
 
-    # A wide or a high box may be larger than the image. It keeps its area, so the width
+    # A wide or a tall box may be larger than the image. It keeps its area, so the width
     # has two bounds: the side, and the width at which the height is the side.
     width = (pixels * aspect).sqrt()
     width = width.clamp(max=side)
@@ -201,14 +201,15 @@ class ColourJitter(nn.Module):
         The result is float32, normalised, channels-last.
         """
         brightness, contrast, saturation, hue = self.parameters_of(uniforms)
-        # The factor also rescales 0 … 255 to 0 … 1, without another pass over the images.
+        # The factor also rescales 0 … 255 to 0 … 1, which saves a pass over the images.
         return self.recolour(images, brightness / 255, contrast, saturation, hue)
 
     def parameters_of(self, uniforms):
         """uniforms [N, 6] -> brightness, contrast, saturation and hue, each [N].
 
         The first three are factors (saturation 0 is gray), the hue is in radians. Four
-        uniforms say how much of each, the last two whether there is jitter, and gray.
+        uniforms say how much of each; the last two, whether the image gets jitter and
+        whether it becomes gray.
         """
         jittered = uniforms[:, 4] < JITTER_PROBABILITY
         change = between(uniforms[:, :4], -1, 1) * jittered[:, None] * self.strength

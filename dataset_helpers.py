@@ -1,7 +1,7 @@
 """Folders of images to tensors, and splits.
 
 A split is one uint8 tensor [N, 3, S, S] that is decoded once and lives on the training
-device, or on the host if that is too small; a batch is rows of it.
+device; in pretraining it may stay on the host. A batch is rows of it.
 """
 
 import os
@@ -272,7 +272,7 @@ def reading_problem(error):
 
 
 def fingerprint_of(files, checksum):
-    """What tells images from others, for a checkpoint.
+    """What a checkpoint keeps to recognise the images that it was made from.
 
     checksum: of the decoded pixels. The files' names and sizes, and the program that
     decoded them, tell why pixels differ: JPEGs look different by another libjpeg.
@@ -298,15 +298,15 @@ def unlabelled_folder(data_dir):
         )
     folder = american if american.is_dir() else british
     if not folder.is_dir():
-        explain_missing(folder, "pretraining reads images from there")
+        raise missing_folder(folder, "pretraining reads images from there")
     return folder
 
 
-def explain_missing(folder, purpose):
+def missing_folder(folder, purpose):
     """The error for a folder of data_dir that does not exist, from what is there."""
     data_dir = folder.parent
     if not data_dir.is_dir():
-        raise UserError(
+        return UserError(
             f"{data_dir} does not exist",
             f"let --data-dir name the folder that holds {folder.name}/, or run "
             "stl10_data_load.py first",
@@ -320,7 +320,7 @@ def explain_missing(folder, purpose):
         advice = f"if its folders are the classes, move them to {folder}"
     else:
         advice = f"put images into {folder}, or run stl10_data_load.py first"
-    raise UserError(
+    return UserError(
         f"{data_dir} has no folder {folder.name}, and {purpose}",
         advice,
     )
@@ -382,7 +382,7 @@ def load_labelled(data_dir, side, device, seed):
     """
     train_folder = data_dir / "train"
     if not train_folder.is_dir():
-        explain_missing(train_folder, "labelled images are read from there")
+        raise missing_folder(train_folder, "labelled images are read from there")
     val_folder = validation_folder(data_dir)
     note_unused_folders(data_dir)
 
@@ -462,7 +462,7 @@ def labelled_files(folder, classes=None):
     files_of = {}
     for class_folder in class_folders:
         name = unicodedata.normalize("NFC", class_folder.name)
-        files = [class_folder / name for name in find_images(class_folder)]
+        files = [class_folder / file for file in find_images(class_folder)]
         if files:
             files_of.setdefault(name, []).extend(files)
         else:
@@ -473,7 +473,7 @@ def labelled_files(folder, classes=None):
         if name not in classes:
             raise UserError(
                 f"{folder / name} is a class without training images",
-                "remove it, or add some",
+                "add some, or move it elsewhere",
             )
 
     pairs = []

@@ -19,7 +19,7 @@ EVALUATION_BATCH = 128  # images at a time, at most, where nothing is trained
 # How many training images the exported batch-norm statistics are computed on, at most.
 STATISTICS_IMAGES = 4096
 
-# Of the kNN classifier (Wu et al., arXiv:1805.01978, section 3.4).
+# The settings of the kNN classifier (Wu et al., arXiv:1805.01978, section 3.4).
 NEIGHBOURS = 20
 KNN_TEMPERATURE = 0.07
 

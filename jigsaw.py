@@ -42,7 +42,7 @@ class Jigsaw(nn.Module):
         side = images.shape[-1]
         _, patch = patch_sizes(side)
 
-        # Where the patches lie in the crop, once that is resized to the image's size.
+        # Where the patches lie in a crop that is resized to the image's size.
         offset_uniforms = offset_uniforms.unflatten(1, (CELLS, 2))
         _, places = patch_places(offset_uniforms, order_uniforms, side)  # [B, 9, 2]
 
@@ -90,8 +90,8 @@ def patch_places(offset_uniforms, order_uniforms, side):
     """Where the nine patches lie in the resized crop, in the order of presentation.
 
     offset_uniforms [B, 9, 2], order_uniforms [B, 9]. Returns the permutation [B, 9]
-    int64, which is the cell shown at each place, uniform over the 9! orders, and the
-    patches' corners [B, 9, 2], vertical and horizontal, in whole pixels.
+    int64, which is the cell shown at each place, uniform over the 9! orders (for
+    tests), and the patches' corners [B, 9, 2], vertical and horizontal, in whole pixels.
     """
     cell, patch = patch_sizes(side)
     permutation = order_uniforms.argsort(1)

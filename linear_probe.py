@@ -24,8 +24,8 @@ class Probe(NamedTuple):
     """The outcome of a linear probe."""
 
     layer: torch.nn.Linear  # for features as the trunk gives them
-    # (validation, test accuracy) of "softmax" and "knn"; of "folds", a list of them.
-    # None stands for the accuracy of images that there are none of.
+    # (validation, test accuracy) of "softmax" and "knn"; of "folds", a list of them. An
+    # accuracy is None where there are no such images.
     results: dict
     history: list  # the metrics of the epochs
 

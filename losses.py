@@ -32,7 +32,7 @@ def pirl_loss(image_embeddings, pretext_embeddings, memory, negatives, mask, arg
     logits = torch.cat([positive_logits, negative_logits], dim=1) / args.temp_parameter
 
     criterion = nce if args.loss == "nce" else modified_nce
-    pretext_term, image_term = criterion(logits).chunk(2)
+    pretext_term, image_term = criterion(logits).chunk(2)  # in the order of queries
     return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
 
 
@@ -58,12 +58,12 @@ def nce(logits):
     columns = torch.arange(logits.shape[1], device=logits.device)
     is_top = columns == logits.argmax(1, keepdim=True)  # [B, 1 + C], one True in a row
 
-    # Of the largest, 1 − h is the probability of all other columns together.
-    log_others = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
-    log_not_top = log_others - logits.logsumexp(1, keepdim=True)  # [B, 1]
+    # log(1 − h) of the largest column: its 1 − h is the sum of all other h.
+    log_rest = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
+    log_not_top = log_rest - logits.logsumexp(1, keepdim=True)  # [B, 1]
 
-    # Of the others, h is 1/2 at most. The largest is left out before log1p(−1) = −∞
-    # could make its gradient NaN.
+    # log(1 − h) of every other column, whose h is 1/2 at most. The largest is set to 0
+    # here, or its log1p(−1) = −∞ would make the gradient NaN.
     h = log_h.masked_fill(is_top, -math.inf).exp()
     log_not_h = torch.where(is_top, log_not_top, torch.log1p(-h))
     # Column 0 is the positive, which has no such term.

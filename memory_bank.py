@@ -27,29 +27,28 @@ class MemoryBank(nn.Module):
         """The rows of a batch's negatives, int64 [count + 1], none of them twice.
 
         They are uniform over the training images. There is one more than each image
-        is to have: see negatives().
+        has in the end, since each leaves one out: see negatives().
         """
         order = torch.randperm(
             self.train_count, generator=generator, device=self.vectors.device
         )
         return order[: count + 1]
 
-    def negatives(self, rows, index):
+    def negatives(self, drawn, index):
         """The drawn rows [K + 1] as negatives of the images `index` [B], K for each.
 
-        One draw serves the whole batch. An image whose own row was drawn does not see
-        that row; any other image does not see the last one. So each image sees exactly
-        K, uniform over the other training images. (The paper draws for each image. For
-        128 images with 6,400 negatives, 420 MB of vectors would be copied in each
-        step.)
+        One draw serves the whole batch. Each image leaves one row out: its own if that
+        was drawn, else the last. So each image has exactly K, uniform over the other
+        training images. (The paper draws for each image. For 128 images with 6,400
+        negatives, 420 MB of vectors would be copied in each step.)
 
         Returns (vectors [K + 1, 128], mask [B, K + 1] bool: True where a vector is not
         a negative of that image).
         """
-        mask = rows == index[:, None]  # [B, K + 1]
+        mask = drawn == index[:, None]  # [B, K + 1]
         own_row_drawn = mask.any(1)
         mask[:, -1] |= ~own_row_drawn
-        return self.vectors[rows], mask
+        return self.vectors[drawn], mask
 
     @torch.no_grad()
     def update(self, index, image_embeddings):

@@ -158,8 +158,8 @@ class PIRL(nn.Module):
     def batch_statistics(self):
         """Inside, batch norm uses the batch's own statistics, and keeps no record.
 
-        So it is in validation, too. The running statistics are those of whole images,
-        which evaluation feeds the trunk; those of patches are quite different.
+        The same in validation. The running statistics are those of whole images, which
+        evaluation feeds the trunk; those of patches are quite different.
         """
         training = self.trunk.training
         for norm in self.norms:
@@ -189,8 +189,8 @@ def load_network(path, weights):
     modules = {"trunk": trunk}
     if weights["from_checkpoint"]:
         print(
-            f"note: {path} is a checkpoint: the finished model, a .pt file, has the "
-            "batch-norm statistics of whole images, which give better features"
+            f"note: {path} is a checkpoint: the finished model, a .pt file, gives "
+            "better features (batch-norm statistics of whole images, the best epoch)"
         )
 
     softmax_layer = None

@@ -63,7 +63,7 @@ def main(argv=None):
     path = args.out or Path(f"{args.pretext}.png")
     cpu = torch.device("cpu")
 
-    # Those that come first in the folder, at the default size and colour strength. The
+    # The first images of the folder, at the default size and colour strength. The
     # random numbers are not those of any run.
     files = list_images(unlabelled_folder(args.data_dir))[: args.images]
     images, _ = load_images(files, STL10_SIDE, cpu, "images")
@@ -89,8 +89,8 @@ def save_picture(image, path):
 def pretext_picture(images, pretext, uniforms):
     """Every image beside what the network sees of it, two images in a row.
 
-    A task that has crop_pictures() gets a column between: the jigsaws show the crop with
-    its grid there. An image's inputs, if they are several, are one picture together.
+    A task that has crop_pictures() gets a column between: the jigsaws show the crop
+    with its grid there. An image's inputs, if they are several, are one picture.
 
     images: float32 [B, 3, S, S] in 0 … 255. pretext: a module that turns them and
     uniforms [B, pretext.uniforms] into inputs [B · pretext.inputs_per_image, 3, P, P].
@@ -125,7 +125,7 @@ def mosaics(inputs, count, gap):
     inputs = inputs.unflatten(0, (-1, count))  # [B, count, 3, P, P]
     # White ones fill it up: a picture that is no square would be stretched later.
     missing = columns**2 - count
-    inputs = pad(inputs, (0, 0, 0, 0, 0, 0, 0, missing), value=1)
+    inputs = pad(inputs, (0, 0, 0, 0, 0, 0, 0, missing), value=1)  # of dimension 1
     pictures = [
         make_grid(inputs_of_image, columns, padding=gap, pad_value=1)
         for inputs_of_image in inputs

@@ -60,7 +60,7 @@ DEFAULT_NEGATIVES = 6400
 # The gradient's norm is above 10 at first. Clipped, the first steps are of about the
 # same length whatever the loss is.
 MAX_GRADIENT_NORM = 2.0
-# What a resumed run may change beside what both scripts allow.
+# What a resumed run may change, in addition to what both scripts allow.
 CHANGEABLE_HERE = {
     "epochs",
     "knn_every",
@@ -158,6 +158,8 @@ def main(argv=None):
     # A resumed run takes its settings from its checkpoint.
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.pirl_model_name:
+        args.warm_start = True  # a file of weights alone is a warm start, too
     experiment = Experiment(args, "PIRL checkpoint")
     # A warm start from its own finished model replaces the files of that run.
     from_itself = args.warm_start and not args.pirl_model_name
@@ -182,7 +184,7 @@ def main(argv=None):
     # The weights that the run begins with.
     if checkpoint:
         experiment.restore(checkpoint, fingerprint, trainer, state)
-        check_epochs_done(args, state)
+        keep_begun_epochs(args, state)
     elif args.warm_start:
         warm_start(trainer, state, experiment)
     compare_ranks({}, fingerprint, state.epoch, state.step)
@@ -202,8 +204,9 @@ def main(argv=None):
         advice=DIVERGED,
     )
     if args.warm_start and not checkpoint:
-        # An earlier run of this name may have left a checkpoint. If this run is killed
-        # before it writes its own, --resume must not continue with that one.
+        # --warm-start on the run's own name leaves its earlier checkpoint there. If
+        # this run is killed before it writes its own, --resume must not continue with
+        # the old one.
         loop.checkpoint()
 
     # Rank 0 alone measures kNN and writes TensorBoard's log.
@@ -261,11 +264,13 @@ def main(argv=None):
 class Batch(NamedTuple):
     """What a step computes with, all of it on the device.
 
-    Of several ranks, each has a share of b of the B images, b = B where there is one.
+    A batch has B images. Each of several ranks computes a share of b of them; with one
+    rank, b = B.
     """
 
     index: torch.Tensor  # int64 [B], the images of the whole batch
-    images: torch.Tensor  # uint8 [b, 3, S, S], those of this rank's share
+    share: torch.Tensor  # int64 [b], those of this rank
+    images: torch.Tensor  # uint8 [b, 3, S, S], their pixels
     uniforms: torch.Tensor  # float32 [b, U], the random numbers of their views
     drawn: torch.Tensor  # int64 [K + 1], rows of the bank: the negatives
 
@@ -383,19 +388,23 @@ class PretrainingTrainer:
         on the device.
         """
         self.model.train()
-        lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
-        self.optimizer.param_groups[0]["lr"] = lr
-        # As a tensor, since a captured step keeps plain numbers as they were when it
-        # was captured. float32 is what the fused optimiser reads.
-        lr = torch.full((), lr, dtype=torch.float32, device=self.device)
-
         batch = self.load_batch(index, uniforms, epoch, step)
+        lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
+        # The learning rate is a tensor, too: a captured step would keep a number as it
+        # was when it was captured. float32 is what the fused optimiser reads.
+        lr_tensor = torch.full((), lr, dtype=torch.float32, device=self.device)
+
         if self.captured_update and len(index) == self.args.batch_size:
-            return self.captured_update(lr, *batch)
-        return self.update(lr, *batch)
+            totals = self.captured_update(lr_tensor, *batch)
+        else:
+            totals = self.update(lr_tensor, *batch)
+
+        # A number again, for checkpoints and the CSV.
+        self.optimizer.param_groups[0]["lr"] = lr
+        return totals
 
     def load_batch(self, index, uniforms, epoch, step):
-        """The Batch of the images `index` [B] on the host: all that a step must be given.
+        """The Batch of the images `index` [B] on the host: everything a step is given.
 
         Everything that comes from the host is here, and so is the draw of negatives,
         with a generator of its own for each step.
@@ -424,26 +433,24 @@ class PretrainingTrainer:
         drawn = self.bank.draw(self.negative_count, generator)
         return Batch(
             index=index_on_device,
+            share=share_on_device,
             images=images,
             uniforms=uniforms.index_select(0, share_on_device),
             drawn=drawn,
         )
 
     def update(self, lr, *batch):
-        """A step on a Batch with the learning rate lr, a tensor [].
+        """A step with the learning rate lr, a tensor [], on the tensors of a Batch.
 
         On a GPU it may be captured: its kernels are then launched again and again
-        without this code. So it reads nothing that changes between two steps but its
-        arguments, and what it changes itself, it changes in place.
+        without this code. So everything that differs between two steps is a tensor
+        among its arguments, and what it changes, it changes in place.
         """
         batch = Batch(*batch)
         image_embeddings, loss, totals = self.forward_batch(batch)
 
-        group = self.optimizer.param_groups[0]
-        number = group["lr"]
-        group["lr"] = lr
+        self.optimizer.param_groups[0]["lr"] = lr
         optimizer_step(loss, self.optimizer, self.scaler, MAX_GRADIENT_NORM)
-        group["lr"] = number  # which checkpoints and the CSV hold
 
         self.bank.update(batch.index, image_embeddings)
         return totals
@@ -456,42 +463,43 @@ class PretrainingTrainer:
         """
         args = self.args
         batch_size = len(batch.index)
-        shares = batch.index.tensor_split(WORLD_SIZE)
-        has_share = len(shares[RANK]) > 0
-        share = shares[RANK] if has_share else batch.index[:1]  # [b]
 
-        # Two views of each image, through the network. Gradients of several ranks are
-        # averaged in training alone. Compiled code serves the full batches of training;
-        # the few others would each need a compilation of their own.
+        # Validation has no gradients that several ranks would have to average.
         training = self.model.training
         model = self.parallel_model if training else self.model
+
+        # With --compile, compiled code serves the full batches of training. The few
+        # other batches would each need a compilation of their own.
         compiled = training and batch_size == args.batch_size
-        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+        stance = "default" if compiled else "force_eager"
+
+        # Two views of each image, through the network.
+        with torch.compiler.set_stance(stance):
             view, pretext_inputs = self.make_views(batch.images, batch.uniforms)
             with self.autocast:
                 image_embeddings, pretext_embeddings = model(view, pretext_inputs)
 
         # f(φ(I)) of all ranks, in the batch's order.
+        counts = [len(share) for share in batch.index.tensor_split(WORLD_SIZE)]
         all_embeddings = image_embeddings.float()  # [B, 128]
         if WORLD_SIZE > 1:
-            counts = [len(part) for part in shares]
             all_embeddings = gather_rows(all_embeddings, counts)
 
         # The negatives: from the bank, the same draw on all ranks, and from the batch.
         # Gradients flow into the batch's embeddings.
-        negatives, mask = self.bank.negatives(batch.drawn, share)  # [C, 128], [b, C]
-        memory = self.bank.vectors[share]
+        negatives, mask = self.bank.negatives(batch.drawn, batch.share)
+        memory = self.bank.vectors[batch.share]
         correct = pretext_correct(pretext_embeddings, memory, negatives, mask)
         if args.batch_negatives:
             batch_vectors = F.normalize(all_embeddings, dim=1)
-            is_own = share[:, None] == batch.index  # [b, B]
+            is_own = batch.share[:, None] == batch.index  # [b, B]
             negatives = torch.cat([negatives, batch_vectors])
             mask = torch.cat([mask, is_own], dim=1)
 
         losses = pirl_loss(
             image_embeddings, pretext_embeddings, memory, negatives, mask, args
         )
-        if not has_share:
+        if counts[RANK] == 0:
             # Times 0 rather than left out: the other ranks wait for the gradients.
             losses = losses * 0
             correct = torch.zeros_like(correct)
@@ -574,9 +582,6 @@ def validate(trainer, uniforms, epoch):
 # ---- The beginning of a run ----------------------------------------------------------
 def check_before_loading(parser, args):
     """Refuse flags that do not go together, before images are read."""
-    # A file of weights alone is a warm start, too.
-    if args.pirl_model_name:
-        args.warm_start = True
     first_epoch = args.cont_epoch
     if first_epoch > 1 and not args.warm_start:
         parser.error("--cont-epoch needs a warm start, for example --pirl-model-name")
@@ -595,7 +600,7 @@ def resolve_defaults(args, device):
 
 
 def bytes_beside_pixels(args):
-    """On the device, per image: what there is beside its pixels.
+    """Bytes per image that the device needs in addition to its pixels.
 
     A row of the memory bank in float32, and the random numbers of its views for two
     epochs, of which one is drawn while the other is still there.
@@ -640,12 +645,12 @@ def check_after_loading(args, train_count):
         )
 
 
-def check_epochs_done(args, state):
-    """More epochs may be done than a resumed run asks for: they cannot be undone."""
-    done = state.epoch - 1
-    if done > args.epochs:
-        print(f"note: {done} epochs are done already, so --epochs is {done}")
-        args.epochs = done
+def keep_begun_epochs(args, state):
+    """Raise --epochs to the epochs that a resumed run has begun: none can be undone."""
+    begun = state.epoch if state.step > 0 else state.epoch - 1
+    if begun > args.epochs:
+        print(f"note: epoch {begun} has begun already, so --epochs is {begun}")
+        args.epochs = begun
 
 
 def warm_start(trainer, state, experiment):
@@ -743,7 +748,7 @@ def tensorboard_writer(experiment, epoch):
 def export(trainer, state, experiment):
     """Write <experiment>.pt: the trunk under torchvision's names, and the heads."""
     if RANK > 0:
-        return
+        return  # the statistics of the trunk take a while
     parts = {
         "trunk": trainer.exported_trunk(),
         "head_f": trainer.model.head_f,

@@ -1,4 +1,8 @@
-"""What a fine-tuning says at its end: the results table, classes, confusion, neighbours."""
+"""The report of a fine-tuning: results table, classes, confusion matrix, neighbours.
+
+write_report() writes what needs the model's answers alone, draw_neighbours() what needs
+the trunk and the images.
+"""
 
 import shlex
 import statistics
@@ -37,14 +41,14 @@ TABLE_ROWS = {
 
 
 class Answers(NamedTuple):
-    """The classes of images, and what a model takes them for. int64 [N] each."""
+    """The true classes of images and a model's predictions, int64 [N] each."""
 
     labels: torch.Tensor
     predictions: torch.Tensor
 
 
 def accuracy_of(answers):
-    """A float; None without images."""
+    """The share of right answers, a float; None without images."""
     if len(answers.labels) == 0:
         return None
     return (answers.predictions == answers.labels).float().mean().item()
@@ -84,7 +88,7 @@ def spread(accuracies):
 
 
 def class_table(classes, train_labels, val, test):
-    """The accuracies of each class in Markdown; the last row is the mean of the classes.
+    """The accuracies of each class in Markdown; in the last row, the mean of them.
 
     Where classes differ in size, accuracy alone may hide a bad one. val, test: Answers.
     """
@@ -129,7 +133,7 @@ def class_accuracies(answers, count):
 
 
 def mean_cell(accuracies):
-    """The mean of the classes that have images, and of how many where some have none."""
+    """The mean of the classes that have images, and how many those are."""
     measured = [accuracy for accuracy in accuracies if accuracy is not None]
     if not measured:
         return "none"
@@ -170,9 +174,12 @@ def write_report(experiment, argv, table, classes, train_labels, val, test):
         file.write(of_classes)
 
     print(f"\n{table}", flush=True)
-    *_, last_row = of_classes.splitlines()
-    _, _, _, val_cell, _, test_cell = last_row.split(" | ")
-    print(f"mean of the classes: validation {val_cell}, test {test_cell}")
+    _, val_accuracies = class_accuracies(val, len(classes))
+    _, test_accuracies = class_accuracies(test, len(classes))
+    print(
+        f"mean of the classes: validation {mean_cell(val_accuracies)}, "
+        f"test {mean_cell(test_accuracies)}"
+    )
     files = f"{experiment.model_file}, {experiment.history_file}, {confusion_file}"
     print(f"wrote {files}, {csv_file} and {results_file}", flush=True)
 
@@ -186,7 +193,7 @@ def draw_neighbours(path, trunk, known, shown, classes, batch_size):
     labels = shown.labels.unique()[:SHOWN_CLASSES]
     firsts = [(shown.labels == label).nonzero()[0].item() for label in labels]
     queries = shown.images[firsts]  # [Q, 3, S, S]
-    cosines, nearest = evaluation.nearest_neighbours(
+    _, nearest = evaluation.nearest_neighbours(
         evaluation.trunk_features(trunk, known.images, batch_size),
         evaluation.trunk_features(trunk, queries, batch_size),
         SHOWN_NEIGHBOURS,

@@ -127,7 +127,8 @@ def download(url, md5, raw_dir):
         reason = str(error) or type(error).__name__
         raise UserError(
             f"{url} could not be fetched ({reason})",
-            f"run this again to continue from there, or put the raw files into {raw_dir}",
+            "run this again to continue from there, or put the raw files into "
+            f"{raw_dir}",
         ) from None
 
     if not md5 and url == STL10.url:
@@ -161,8 +162,8 @@ def fetch(url, part):
             # Its file ends there: the last run got every byte, and was killed just
             # before it could say so.
             return
-        # Its file is shorter, so the part is of another file. Start again, once: without
-        # a part, no range is asked for, and there is no status 416.
+        # Its file is shorter, so the part is of another file. Start again, once:
+        # without a part, no range is asked for, and there is no status 416.
         part.unlink()
         fetch(url, part)
         return

@@ -172,12 +172,12 @@ def main(argv=None):
     )
     if checkpoint:
         experiment.restore(checkpoint, data.fingerprint, trainer, state)
-        check_resumed(args, experiment, trainer, state)
+        keep_begun_epochs(args, experiment, trainer, state)
     print_summary(trainer, test, loop.steps_per_epoch)
 
-    # A resumed run may begin before the softmax layer, after it, within the epochs of
-    # the whole network, or at the end. The softmax layer takes a minute or two: a run
-    # that is stopped in it begins again.
+    # The softmax layer takes a minute or two: a run that is stopped in it begins again.
+    # If test/ has changed since, a resumed run repeats it for the test accuracies; it
+    # ends with the same layer, from which a full stage has perhaps begun already.
     if "softmax" not in trainer.results or trainer.test_checksum != test_checksum:
         started = time.monotonic()
         probe = linear_probe(trainer.start_trunk(), data, test, folds, args)
@@ -320,10 +320,11 @@ class FineTuningTrainer:
         self.model = models.as_classifier(trunk, softmax_layer)
         self.model.to(device, memory_format=torch.channels_last)
 
-        has_plain_statistics = weights and not weights["from_checkpoint"]
-        if not has_plain_statistics and not checkpoint:
-            # Our finished models have the batch-norm statistics of plain images; other
-            # projects' files keep theirs.
+        # A random trunk has no batch-norm statistics, and a checkpoint of pretraining
+        # has those of augmented images. Finished models and other projects' files keep
+        # theirs, and so does a resumed run.
+        is_random = not weights and not checkpoint
+        if is_random or weights.get("from_checkpoint"):
             self.model.trunk = evaluation.with_plain_bn_statistics(
                 self.model.trunk, data.images[data.train], args.batch_size
             )
@@ -339,15 +340,15 @@ class FineTuningTrainer:
             self.optimizer, patience=args.patience_for_lr_decay
         )
 
-        # What the full stage validates and keeps. The validation loss of self.model
-        # goes up and down by more than it falls, which lowers the rate too early.
+        # What the full stage validates and keeps. The validation loss of self.model is
+        # so noisy that the scheduler would lower the learning rate too early.
         self.averaged_model = copy.deepcopy(self.model)
 
         self.full_steps = 0  # steps of the full stage so far
         self.best = None  # the best epoch of the full stage, see keep_best()
         # (validation, test accuracy) by the names of TABLE_ROWS; under "folds", a list.
         self.results = {}
-        self.test_checksum = None  # of the test images that the results are of
+        self.test_checksum = None  # of the test images that were measured
         self.seconds = {"softmax": 0.0, "full": 0.0}  # how long each stage has taken
 
     @property
@@ -370,6 +371,7 @@ class FineTuningTrainer:
             "test_checksum": self.test_checksum,
             "seconds": self.seconds,
             "classes": self.classes,
+            "class_folders": self.data.folders,
         }
 
     def load_state_dict(self, saved):
@@ -396,7 +398,10 @@ class FineTuningTrainer:
         return trunk.eval()
 
     def take_softmax_layer(self, layer):
-        """Start the full stage from this layer, which is epoch 0 of its choice."""
+        """Start the full stage from this layer.
+
+        It counts as epoch 0 when the best epoch is chosen.
+        """
         self.model.softmax_layer.load_state_dict(layer.state_dict())
         self.averaged_model.softmax_layer.load_state_dict(layer.state_dict())
         self.best = None
@@ -506,17 +511,20 @@ def check_batch_size(args, data):
         )
 
 
-def check_resumed(args, experiment, trainer, state):
-    """What a resumed run cannot undo."""
+def keep_begun_epochs(args, experiment, trainer, state):
+    """Raise --full-epochs to the epochs that a resumed run has begun.
+
+    They cannot be undone, so a run without the full stage is refused.
+    """
     if trainer.full_stage_begun and not args.full_fine_tune:
         raise UserError(
             f"{experiment.checkpoint_file} is from within the full stage",
             "add --full-fine-tune True",
         )
-    done = state.epoch - 1
-    if done > args.full_epochs:
-        print(f"note: {done} epochs are done already, so --full-epochs is {done}")
-        args.full_epochs = done
+    begun = state.epoch if state.step > 0 else state.epoch - 1
+    if begun > args.full_epochs:
+        print(f"note: epoch {begun} has begun already, so --full-epochs is {begun}")
+        args.full_epochs = begun
 
 
 def print_summary(trainer, test, steps):

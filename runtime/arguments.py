@@ -156,17 +156,21 @@ def add_trunk_arguments(parser, model_types, from_weights):
     model_type = None if from_weights else "res18"
     stem = None if from_weights else "imagenet"
     side = None if from_weights else 96
-    default = "; by default that of --pirl-model-name, else {}" if from_weights else ""
+
+    def or_from_file(fallback):
+        if not from_weights:
+            return ""
+        return f"; by default that of --pirl-model-name, else {fallback}"
 
     add = parser.add_argument_group("network and image size").add_argument
     add("--model-type", choices=model_types, default=model_type,
-        help="ResNet-18, -34 or -50" + default.format("res18"))
+        help="ResNet-18, -34 or -50" + or_from_file("res18"))
     add("--image-size", type=bounded(int, 36, 224), default=side, metavar="N",
         help="side in pixels to which images are resized and cropped, 36 to 224"
-             + default.format("96"))
+             + or_from_file("96"))
     add("--stem", choices=["imagenet", "small"], default=stem,
         help="small: first convolution of 3 × 3 with stride 1" +
-             default.format("imagenet"))
+             or_from_file("imagenet"))
     add("--zero-init", **bool_flag(True),
         help="start every residual block of a new trunk as the identity"
              " (zero-initialised last batch norm)")

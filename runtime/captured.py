@@ -40,7 +40,7 @@ class CapturedFunction:
         for own, given in zip(self.inputs, arguments, strict=True):
             own.copy_(given)
         self.graph.replay()
-        # A copy, for the next replay writes to the same memory.
+        # A copy, since the next replay writes to the same memory.
         return self.output.clone()
 
     def call_eagerly(self, arguments):

@@ -192,9 +192,10 @@ def optimizer_step(loss, optimizer, scaler, max_norm=None):
 def restore_optimizer(optimizer, scaler, saved):
     """Bring back momentum and scale from a checkpoint, a dict that has both.
 
-    The settings (momentum, weight decay, …) stay those of the optimiser as it was made:
-    load_state_dict() alone would bring the old ones back, so that a resumed run could
-    change none. The current learning rate is a part of the state.
+    The settings (momentum, weight decay, …) stay those of the optimiser as it was made.
+    load_state_dict() alone would bring the old ones back, and a setting that a resumed
+    run may change would be ignored; today's flags have none. The current learning rate
+    is a part of the state.
     """
     settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])

@@ -71,8 +71,14 @@ class TrainingState:
 
 
 # ---- Settings ------------------------------------------------------------------------
-# A resumed run takes these from its own command line: folders and devices belong to the
-# machine, and a copy of a checkpoint may continue under another name.
+# Where a resumed run gets a setting from:
+#   FROM_COMMAND_LINE  as given now, whatever the checkpoint says;
+#   FROM_CHECKPOINT    as it was, whatever is given now;
+#   CHANGEABLE         as given now, with a note; as it was if it is left out;
+#   all others         as it was; another value is refused.
+
+# Folders and devices belong to the machine, and a copy of a checkpoint may continue
+# under another name.
 FROM_COMMAND_LINE = {
     "data_dir",
     "weights_dir",
@@ -84,13 +90,12 @@ FROM_COMMAND_LINE = {
     "images_on",
     "resume",
 }
-# Of these, a run on several nodes has one value on all of them. Ranks that place their
-# images differently would wait for one another for ever.
+# Those of FROM_COMMAND_LINE in which the ranks of a run must not differ. Ranks that
+# place their images differently would wait for one another for ever.
 SAME_ON_ALL_RANKS = {"images_on", "experiment_name", "resume"}
 # A resumed run has its weights already: what the file is called now does not matter.
 FROM_CHECKPOINT = {"pirl_model_name"}
-# What a resumed run of either script may change. Any other flag that differs from the
-# checkpoint's is refused, so a new flag is refused unless someone allows it.
+# Of both scripts. Each adds some of its own.
 CHANGEABLE = {"checkpoint_minutes", "precision"}
 
 
@@ -115,7 +120,7 @@ class Experiment:
     """The files of one experiment, held by one job at a time. Rank 0 alone writes."""
 
     def __init__(self, args, kind):
-        """kind: what the checkpoints call themselves."""
+        """kind: "PIRL checkpoint" or "labelled checkpoint", an entry of the file."""
         self.kind = kind
         self.name = args.experiment_name
         self.model_file = args.weights_dir / f"{self.name}.pt"  # the finished model
@@ -205,6 +210,11 @@ class Experiment:
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         for name in FROM_CHECKPOINT:
+            if getattr(args, name) != saved[name]:
+                flag = f"--{name.replace('_', '-')}"
+                print(
+                    f"note: {flag} is not read: a resumed run has its weights already"
+                )
             setattr(args, name, saved[name])
 
         print(f"continuing from {self.checkpoint_file}")
@@ -238,7 +248,7 @@ class Experiment:
             state.load_state_dict(checkpoint["training"])
 
     def other_images(self, checkpoint, fingerprint):
-        """The error that says what differs: the images, or the program that reads them."""
+        """The error that says what differs: the images, or what decoded them."""
         decoders = (checkpoint.get("decoder"), fingerprint["decoder"])
         same_files = checkpoint.get("files") == fingerprint["files"]
         if same_files and decoders[0] != decoders[1]:
@@ -260,11 +270,13 @@ class Experiment:
         content["kind"] = self.kind
         content["settings"] = settings_of(args)
         content["training"] = state.state_dict()
-        content.update(fingerprint)
+        content.update(fingerprint)  # "checksum", "files" and "decoder" of the images
         atomic_save(content, self.checkpoint_file)
 
     def export(self, args, parts, state, **facts):
         """Write the finished model: its parts' state dicts, and how they came about."""
+        if RANK > 0:
+            return
         content = {name: cpu_state_dict(part) for name, part in parts.items()}
         content["kind"] = self.kind.replace("checkpoint", "weights")
         content["settings"] = settings_of(args)

@@ -24,6 +24,8 @@ SIGNALS = [
 ]
 # How often the ranks of GPUs ask one another whether to stop or to save.
 STEPS_BETWEEN_SYNCS = 16
+# After an epoch, a checkpoint is written unless the previous one is younger than this.
+END_OF_EPOCH_MINUTES = 1
 
 
 class Signals:
@@ -40,7 +42,7 @@ class Signals:
                 before = signal.signal(number, self.note)
                 self.handlers_before[number] = before
                 if number.name == "SIGHUP" and before == signal.SIG_IGN:
-                    # So it is under nohup: the run is to outlive its connection.
+                    # nohup ignores it, so that a run outlives its connection.
                     signal.signal(number, signal.SIG_IGN)
         return self
 
@@ -63,7 +65,11 @@ class Signals:
 
 
 class EpochBar:
-    """The bar of the epoch under way, and its clock, which a resumed run continues."""
+    """The bar of the epoch under way, and its clock, which a resumed run continues.
+
+    The clock runs on after the bar is closed: state.seconds is the time of the training
+    steps, seconds() at the end that of the whole epoch with validation.
+    """
 
     def __init__(self, title, state, images_per_epoch, batch_size):
         self.state = state
@@ -88,7 +94,7 @@ class EpochBar:
         self.bar.update(self.images_seen() - self.bar.n)
 
     def is_due(self):
-        """Whether to show the loss: once a second, for reading it waits for the device."""
+        """Whether to show the loss: once a second, since that waits for the device."""
         if time.monotonic() - self.shown_at < 1:
             return False
         self.shown_at = time.monotonic()
@@ -166,10 +172,11 @@ class LoopControl:
         self.state.seconds = self.bar.seconds()
         self.bar.update()
 
-        # After the last step, a signal ends the run here, before validation: it may
-        # take longer than a scheduler waits.
-        is_last = self.state.step == self.steps_per_epoch
-        signal_number, save_now = self.agree(self.checkpoint_due(is_last), now=is_last)
+        # After the last step of an epoch, all ranks decide at once: a signal must end
+        # the run before validation, which may take longer than a scheduler waits.
+        is_last_step = self.state.step == self.steps_per_epoch
+        save_due = self.checkpoint_due(is_last_step)
+        signal_number, save_now = self.agree(save_due, now=is_last_step)
         if signal_number or save_now:
             self.checkpoint()
         if signal_number:
@@ -229,9 +236,7 @@ class LoopControl:
             if not self.checkpoint_file.exists():
                 # The CSV is about to get a row: --resume must find a checkpoint.
                 return True
-            # At the end of an epoch, unless the previous checkpoint is less than a
-            # minute old.
-            minutes = min(minutes, 1)
+            minutes = min(minutes, END_OF_EPOCH_MINUTES)
         return time.monotonic() - self.saved_at >= 60 * minutes
 
     def agree(self, save_due, now):

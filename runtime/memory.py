@@ -15,8 +15,8 @@ from torch import distributed
 from runtime.errors import UserError
 from runtime.ranks import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
-# Bytes of a card that a step needs beside the images: weights and activations, and the
-# second set of activations that a captured step holds.
+# Bytes of a card that a step needs in addition: weights and activations, and the second
+# set of activations that a captured step holds.
 RESERVED_ON_CARD = 3e9
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -27,8 +27,8 @@ def place_images(wish, count, side, device, bytes_beside):
     """The device on which a run keeps its images: the training device, or the CPU.
 
     wish: "device", "host" or "auto", which is the device if they fit there. side: in
-    pixels. bytes_beside: on the card, per image, beside its pixels. All ranks call
-    this, and all come to the same place.
+    pixels. bytes_beside: on the card, per image, in addition to its pixels. All ranks
+    call this, and all get the same answer.
     """
     host = torch.device("cpu")
     if device.type == "cpu" or wish == "host":
@@ -56,13 +56,16 @@ def fill_images(shape, device, fill, all_ranks=False):
     """A uint8 tensor [N, 3, S, S] on `device`, filled on the host, and its CRC-32.
 
     fill(rows, array) writes the images `rows`, a slice of all N, to array, numpy uint8
-    [n, 3, S, S]. all_ranks: every rank calls this. If the images stay on the host, the
-    ranks of a node share one tensor, and each fills a part of it.
+    [n, 3, S, S]. all_ranks: whether every rank calls this. The host of a node holds
+
+    - one tensor, if one rank calls this, or if the images stay on the host: then the
+      ranks of the node share it, and each fills a part of it;
+    - one tensor per rank, if the images are for several cards: each rank fills its own
+      before it copies it to its card.
     """
     shares_tensor = all_ranks and device.type == "cpu" and LOCAL_WORLD_SIZE > 1
-    # Images for cards are decoded on the host first, by every rank for itself.
     tensors_on_node = 1
-    if all_ranks and not shares_tensor:
+    if all_ranks and device.type == "cuda":
         tensors_on_node = LOCAL_WORLD_SIZE
     check_memory(shape, device, tensors_on_node)
 
@@ -100,8 +103,8 @@ def node_shared_tensor(shape):
         descriptor, path = tempfile.mkstemp(prefix="pirl_images_")
         os.close(descriptor)
 
-    # Everyone hears of all paths. torchrun numbers the ranks of a node one after
-    # another, so the path of this node's local rank 0 is LOCAL_RANK places before ours.
+    # Every rank gets the paths of all ranks. torchrun numbers the ranks of a node one
+    # after another, so that of this node's local rank 0 is LOCAL_RANK places before ours.
     paths = [None] * WORLD_SIZE
     distributed.all_gather_object(paths, path)
     path = paths[RANK - LOCAL_RANK]

@@ -114,7 +114,7 @@ def our_weights(content):
 
 
 def check_finite(path, weights):
-    """Refuse a file with NaN or infinity, which would spoil everything without a word."""
+    """Refuse a file with NaN or infinity, which would spoil everything silently."""
     for part in PARTS:
         for name, value in weights.get(part, {}).items():
             if not value.isfinite().all():

@@ -10,7 +10,8 @@ which refuses a mixture of devices as CUDA does, notes each wait, and computes o
 CPU. So data, loss, checkpoints, resuming and tables are real; autocast is CUDA's own,
 and autograd is too.
 
-Not seen: what is inside CUDA's kernels, streams, graphs, torch.compile, cuDNN, NCCL.
+Graphs are imitated by fake_graph.py. Not seen: what is inside CUDA's kernels, streams,
+torch.compile, cuDNN, NCCL.
 Needs torch's CUDA build without a GPU; written for torch 2.11, on whose inside
 no_driver() depends.
 """
@@ -30,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from conftest import ThinResNet, write_raw
+from fake_graph import READS, fake_graphs
 from records import parts_of, same, weights
-from run_helpers import to_device
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import extract_features
+import losses
 import models
 import pirl_stl_train_test
 import stl10_data_load
@@ -50,19 +52,11 @@ CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 watch = None  # the Watch, inside pretend_cuda()
+# Without a driver no memory can be pinned. Address -> storage that should be; its views
+# are pinned with it.
+pinned = {}
 
-# What reads the device's memory back to decide something on the host.
-READS = {
-    aten._local_scalar_dense.default,
-    aten._unique2.default,
-    aten.equal.default,
-    aten.is_nonzero.default,
-    aten.masked_select.default,
-    aten.nonzero.default,
-    aten.repeat_interleave.Tensor,
-    aten.unique_dim.default,
-}
-# Those of them that give no tensor.
+# Of what reads the device's memory back, what gives no tensor.
 SCALARS = {
     aten._local_scalar_dense.default,
     aten.equal.default,
@@ -135,12 +129,14 @@ class Watch(TorchDispatchMode):
     """Sees every operator, and counts the waits.
 
     events: Counter of (phase, what waits, operator, line of the project, its text).
+    graphs: what has been captured.
     """
 
     def __init__(self):
         super().__init__()
         self.phase = "before"
         self.events = Counter()
+        self.graphs = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
@@ -170,8 +166,10 @@ def run(func, args, kwargs):
         refuse_two_devices(func, args, on_cpu)
     if on_cuda or to_cuda:
         note_waits(func, args, kwargs, on_cuda, on_cpu, to_cuda)
-    if on_cuda and func is aten._fused_sgd_.default:
+    if on_cuda and func in (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr):
         check_fused_sgd(args)
+    if on_cuda and func is aten._fused_sgd_.tensor_lr:
+        check_rate(kwargs["lr"])
     if on_cuda and func is aten._pin_memory.default:
         raise RuntimeError("only dense CPU tensors can be pinned")
 
@@ -218,7 +216,7 @@ def note_copy(func, source, non_blocking):
     """Note a copy from one device to the other, unless it goes on by itself."""
     if isinstance(source, Pretend):
         watch.note("copies to the CPU", func)
-    elif not getattr(source, "is_page_locked", False):
+    elif source.untyped_storage().data_ptr() not in pinned:
         watch.note("copies from pageable memory", func)
     elif not non_blocking:
         watch.note("copies from pinned memory and waits", func)
@@ -256,20 +254,27 @@ def check_fused_sgd(args):
                 raise RuntimeError(f"{wants} (check_fast_path_restrictions)")
 
 
+def check_rate(lr):
+    """A rate on the CPU, or a number, would never change in a captured step."""
+    if not isinstance(lr, Pretend) or lr.dtype != torch.float32:
+        raise RuntimeError("fused SGD in a capture wants a float32 rate on the device")
+
+
+def pin(tensor):
+    storage = tensor.untyped_storage()
+    pinned[storage.data_ptr()] = storage
+    return tensor
+
+
 def compute(func, args, kwargs):
     """The operator on CPU tensors."""
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU}
 
-    # Without a driver no memory can be pinned: a mark stands for it.
     if func is aten._pin_memory.default:
-        pinned = args[0].clone()
-        pinned.is_page_locked = True
-        return pinned
+        return pin(args[0].clone())
     if kwargs.get("pin_memory"):
-        pinned = func(*args, **{**kwargs, "pin_memory": False})
-        pinned.is_page_locked = True
-        return pinned
+        return pin(func(*args, **{**kwargs, "pin_memory": False}))
 
     # These two have no CPU version: another operator computes the same.
     if func is aten.cudnn_batch_norm.default:
@@ -374,12 +379,13 @@ def pretend_cuda():
         overwrite(True)
         stack.callback(overwrite, False)
 
+        watch.graphs = stack.enter_context(fake_graphs())
         stack.enter_context(watch)
         yield watch
 
 
 # ---- The scripts ---------------------------------------------------------------------
-LABELLED_STEPS = {"Pretraining.train_step", "FineTuning.train_step"}
+LABELLED_STEPS = {"PretrainingTrainer.train_step", "FineTuningTrainer.train_step"}
 COUNTS = {"train": 60, "test": 20, "unlabelled": 45}
 
 
@@ -393,7 +399,7 @@ def write_data(folder):
 
 
 def label(owner, name):
-    """Calls of owner.name are a phase of the watch, "Pretraining.train_step" say."""
+    """Calls of owner.name are a phase of the watch, "<its class>.train_step" say."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -467,11 +473,12 @@ def check():
         torch.use_deterministic_algorithms(False)
 
         wrong = compare_places(call, folder)
+        wrong += compare_captured(seen, call, folder)
 
         both_stages = ["--epochs", 1, "--full-fine-tune", "True"]
         extras = ["--folds", "True", "--neighbours", folder / "neighbours.png"]
         call(fine_tuning, *both_stages, *extras)
-        pretrained = ["--experiment-name", "b", "--pirl-model-name", "e1_resnet18_"]
+        pretrained = ["--experiment-name", "b", "--pirl-model-name", "e1_pirl_"]
         call(fine_tuning, *both_stages, *pretrained, "--precision", "fp16")
 
         # fmt: off
@@ -511,6 +518,26 @@ def compare_places(call, folder):
     return ["images on the host give other weights than images on the device"]
 
 
+def compare_captured(seen, call, folder):
+    """Train with captured steps, stopped and resumed, then with eager ones.
+
+    Returns a line if the results are not the same bits.
+    """
+    short = ["--knn-every", 0, "--tmax-for-cos-decay", 3, "--batch-size", 8]
+    graph = ["--experiment-name", "graph", "--cuda-graph", "True"]
+    call(pirl_stl_train_test, *short, *graph, "--epochs", 2)
+    call(pirl_stl_train_test, *short, *graph, "--epochs", 3, "--resume", "True")
+    replays = [graph.replays for graph in seen.graphs]
+    call(pirl_stl_train_test, *short, "--epochs", 3, "--experiment-name", "eager")
+
+    wrong = []
+    if replays != [2 * 3 - 3]:
+        wrong.append(f"the captured run has made {replays} replays")
+    if not same(parts_of(weights(folder, "graph")), parts_of(weights(folder, "eager"))):
+        wrong.append("captured steps give other weights than eager ones")
+    return wrong
+
+
 def waits(seen):
     """The waits within steps, a line each."""
     lines = []
@@ -521,22 +548,22 @@ def waits(seen):
 
 
 # ---- Planted defects -----------------------------------------------------------------
-draw_negatives = MemoryBank.draw_negatives
+negatives = MemoryBank.negatives
 clip_grad_norm = torch.nn.utils.clip_grad_norm_
+epoch_batches = PretrainingTrainer.epoch_batches
+load_batch = PretrainingTrainer.load_batch
 
 
-def compared_on_the_cpu(self, index, count, generator):
-    return draw_negatives(self, index.cpu(), count, generator)
+def compared_on_the_cpu(self, rows, index):
+    return negatives(self, rows, index.cpu())
 
 
-def copied_by_a_cpu_index(self, index, image_vectors):
-    self.vectors.index_copy_(0, index.cpu(), image_vectors.float())
+def copied_by_a_cpu_index(self, index, image_embeddings):
+    self.vectors.index_copy_(0, index.cpu(), image_embeddings.float())
 
 
-def looked_up_by_a_cpu_index(self, index, count, generator):
-    rows = torch.randperm(self.train_count)[: count + 1]
-    excluded = rows.to(index.device) == index[:, None]
-    return self.vectors[rows], excluded
+def looked_up_by_a_cpu_index(self, rows, index):
+    return self.vectors[rows.cpu()], rows == index[:, None]
 
 
 def read_back(parameters, max_norm):
@@ -549,62 +576,71 @@ def looked_up_by_a_mask(logits):
     return losses[finite].view(finite.shape)
 
 
-def sent_from_pageable_memory(tensor, device):
-    return tensor.to(device, non_blocking=True)
+def order_in_pageable_memory(self, epoch):
+    return [index.clone() for index in epoch_batches(self, epoch)]
 
 
-def images_by_a_pageable_index(self, index):
-    return self.images.index_select(0, index.to(self.device))
+def with_images(gather):
+    """load_batch() with another way to the images: gather(trainer, index)."""
+
+    def flawed(self, index, uniforms, epoch, step):
+        batch = load_batch(self, index, uniforms, epoch, step)
+        return batch._replace(images=gather(self, index))
+
+    return flawed
 
 
-def images_from_pageable_memory(self, index):
+def by_a_pageable_index(self, index):
+    return self.images.index_select(0, index.clone().to(self.device))
+
+
+def from_pageable_memory(self, index):
     batch = self.images.index_select(0, index)
     return batch.to(self.device, non_blocking=True)
 
 
-def images_from_pinned_memory_that_are_waited_for(self, index):
+def from_pinned_memory_that_is_waited_for(self, index):
+    return self.images.index_select(0, index).pin_memory().to(self.device)
+
+
+def by_an_index_of_the_device(self, index):
+    index = index.to(self.device, non_blocking=True)
+    return self.images.index_select(0, index).to(self.device)
+
+
+def by_an_index_that_comes_back(self, index):
+    index = index.to(self.device, non_blocking=True).cpu()
     batch = self.images.index_select(0, index).pin_memory()
-    return batch.to(self.device)
-
-
-def images_by_an_index_of_the_device(self, index):
-    index = to_device(index, self.device)
-    return to_device(self.images.index_select(0, index), self.device)
-
-
-def images_by_an_index_that_comes_back(self, index):
-    index = to_device(index, self.device)
-    return to_device(self.images.index_select(0, index.cpu()), self.device)
+    return batch.to(self.device, non_blocking=True)
 
 
 # fmt: off
 DEFECTS = {  # what -> owner, name, flaw
     "an index on the CPU, compared with one on the GPU":
-        (MemoryBank, "draw_negatives", compared_on_the_cpu),
+        (MemoryBank, "negatives", compared_on_the_cpu),
     "an index on the CPU for index_copy_":
         (MemoryBank, "update", copied_by_a_cpu_index),
     "rows looked up by an index on the CPU":
-        (MemoryBank, "draw_negatives", looked_up_by_a_cpu_index),
+        (MemoryBank, "negatives", looked_up_by_a_cpu_index),
     "an item()":
         (torch.nn.utils, "clip_grad_norm_", read_back),
     "a boolean index":
-        (pirl_stl_train_test, "modified_nce", looked_up_by_a_mask),
+        (losses, "modified_nce", looked_up_by_a_mask),
     "an index from memory that is not pinned":
-        (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
+        (PretrainingTrainer, "epoch_batches", order_in_pageable_memory),
     "images on the device, by an index from memory that is not pinned":
-        (PretrainingTrainer, "take_images", images_by_a_pageable_index),
+        (PretrainingTrainer, "load_batch", with_images(by_a_pageable_index)),
 }
 DEFECTS_ON_HOST = {  # the same, of runs with --images-on host
     "a batch from memory that is not pinned":
-        (PretrainingTrainer, "take_images", images_from_pageable_memory),
+        (PretrainingTrainer, "load_batch", with_images(from_pageable_memory)),
     "a batch from pinned memory, but waited for":
-        (PretrainingTrainer, "take_images", images_from_pinned_memory_that_are_waited_for),
+        (PretrainingTrainer, "load_batch",
+         with_images(from_pinned_memory_that_is_waited_for)),
     "images on the host, by an index on the device":
-        (PretrainingTrainer, "take_images", images_by_an_index_of_the_device),
+        (PretrainingTrainer, "load_batch", with_images(by_an_index_of_the_device)),
     "images on the host, by an index that is read back":
-        (PretrainingTrainer, "take_images", images_by_an_index_that_comes_back),
-    "an index from memory that is not pinned, for all but the images":
-        (pirl_stl_train_test, "to_device", sent_from_pageable_memory),
+        (PretrainingTrainer, "load_batch", with_images(by_an_index_that_comes_back)),
 }
 # fmt: on
 

@@ -78,7 +78,8 @@ class FakeGraph(TorchDispatchMode):
 
     def refuse(self, func, given, kwargs):
         """What CUDA does not capture, and what it would keep as it is for ever."""
-        devices = {tensor.device.type for tensor in given}
+        # A tensor without dimensions may be a plain number, on the host.
+        devices = {tensor.device.type for tensor in given if tensor.dim() > 0}
         if kwargs.get("device") is not None and given:
             devices.add(torch.device(kwargs["device"]).type)
         if func in READS:

@@ -101,9 +101,9 @@ def test_what_was_given_is_not_kept(graphs):
             lambda x: x + torch.rand(2, generator=make_generator("cpu", 0)),
             "a generator",
         ),
-        (lambda x: x * torch.ones((), device="meta"), "two devices"),
+        (lambda x: x * torch.ones(2, device="meta"), "two devices"),
     ],
-    ids=["item", "nonzero", "generator", "number of another device"],
+    ids=["item", "nonzero", "generator", "another device"],
 )
 def test_what_cannot_be_captured_is_one_line(graphs, function, cause):
     """The cause, not the failed end of the capture."""

@@ -48,7 +48,8 @@ def notes(capsys):
 def test_natural_order():
     expected = "01 1 1/3 2 9 10 10b 010c 99999999999 100000000000 B a a2 a2b a10 b1c10"
     expected = expected.split()
-    assert sorted(expected[::-1], key=natural_key) == expected
+    names = expected[::-1]
+    assert sorted(names, key=natural_key) == expected
 
 
 def test_every_image_of_a_folder_is_found(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Fine-tuning: both stages, what is written, resumption, and testing alone."""
 
-import copy
 import csv
 import os
 import re
@@ -11,7 +10,6 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ThinResNet
 from PIL import Image
 from records import checkpoint, interrupted, signal_in, table, weights
@@ -20,10 +18,8 @@ from torch import nn
 
 import models
 import train_stl_after_ssl
-from augmentations import LabelledView
-from dataset_helpers import load_labelled, read_image
+from dataset_helpers import read_image
 from runtime import loop
-from runtime.randomness import ORDER, VIEWS, make_generator
 from train_stl_after_ssl import FineTuningTrainer
 
 TABLE_HEADER = (
@@ -335,75 +331,6 @@ def test_what_cannot_be_tested(tune, finished):
 
 
 # ---- The stages ----------------------------------------------------------------------
-def test_the_full_stage_by_hand(tune, finished, zoo, tmp_path):
-    """SGD on views, from the softmax layer; a moving average is validated and kept."""
-    finished("pirl")
-    flags = ("--pirl-model-name", "pirl", "--seed", 3, "--weight-decay", 0.01)
-    flags += ("--epochs", 1)
-    assert tune("soft", *flags).status == 0
-    full = ("--full-fine-tune", "--full-lr", 0.1, "--full-epochs", 6)
-    assert tune("full", *flags, *full).status == 0
-
-    start = weights(tmp_path, "soft")
-    # With the arithmetic of the run, so that rounding is the same.
-    model = models.speed_up_small_maps(network_of(start))
-    model.to(memory_format=torch.channels_last)
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01
-    )
-    data = load_labelled(zoo, 36, torch.device("cpu"), 3)
-    val_images = normal_images(
-        start, [zoo / name for name in start["validation_images"]]
-    )
-    view = LabelledView()
-    steps = 0
-    best = (start["results"]["softmax"][0], 0, start["trunk"])
-    for epoch, line in enumerate(table(tmp_path, "full")[1:], start=1):
-        order = torch.randperm(40, generator=make_generator("cpu", 3, ORDER, epoch))
-        generator = make_generator("cpu", 3, VIEWS, epoch)
-        uniforms = torch.rand(49, 7, generator=generator)
-        losses = 0.0
-        correct = 0
-        model.train()
-        for index in data.train[order].split(16):
-            logits = model(view(data.images[index].float(), uniforms[index]))
-            loss = F.cross_entropy(logits, data.labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses += loss.item() * len(index)
-            correct += (logits.argmax(1) == data.labels[index]).sum().item()
-            decay = min(0.99, steps / (steps + 9))
-            steps += 1
-            with torch.no_grad():
-                for name, value in average.state_dict().items():
-                    if value.is_floating_point():
-                        new = model.state_dict()[name]
-                        value.copy_(decay * value + (1 - decay) * new)
-
-        average.eval()
-        with torch.no_grad():
-            logits = average(val_images)
-        val_loss = F.cross_entropy(logits, data.labels[data.val]).item()
-        val_accuracy = (logits.argmax(1) == data.labels[data.val]).float().mean().item()
-        columns = ("train_loss", "train_acc", "val_loss", "val_acc", "learning_rate")
-        figures = (losses / 40, correct / 40, val_loss, val_accuracy, 0.1)
-        written = [float(line[column]) for column in columns]
-        assert written == pytest.approx(figures, rel=2e-3), epoch
-        if val_accuracy > best[0]:
-            best = (val_accuracy, epoch, copy.deepcopy(average.trunk.state_dict()))
-
-    content = weights(tmp_path, "full")
-    assert content["results"]["full"][0] == pytest.approx(best[0])
-    assert 0 < best[1] < 6, "neither the first nor the last can be taken for the best"
-    for name, value in best[2].items():
-        if value.is_floating_point():
-            torch.testing.assert_close(
-                content["trunk"][name], value, rtol=1e-2, atol=1e-3
-            )
-
-
 def test_the_softmax_model_is_epoch_0_of_the_full_stage(tune, finished, tmp_path):
     """It is kept where the full stage, here at a far too high rate, spoils it."""
     finished("pirl")

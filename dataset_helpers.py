@@ -160,11 +160,7 @@ def upright(image):
         return image
     if orientation not in TURNS:
         return image
-    turned = image.transpose(TURNS[orientation])
-    # transpose() forgets which colour of a palette is transparent.
-    if "transparency" in image.info:
-        turned.info["transparency"] = image.info["transparency"]
-    return turned
+    return image.transpose(TURNS[orientation])
 
 
 def load_pixels(image):
@@ -266,7 +262,8 @@ def reading_problem(error):
         return "it has more pixels than Pillow allows, 179 million: make it smaller"
     if isinstance(error, UnidentifiedImageError):
         return "it is no image, or damaged"
-    if "MAX_TEXT" in str(error) or "Decompressed data too large" in str(error):
+    text = str(error).lower()
+    if "max_text" in text or "decompressed data too large" in text:
         return "a text in its metadata is too large: save it without metadata"
     return str(error) or type(error).__name__
 

@@ -91,7 +91,7 @@ def patch_places(offset_uniforms, order_uniforms, side):
 
     offset_uniforms [B, 9, 2], order_uniforms [B, 9]. Returns the permutation [B, 9]
     int64, which is the cell shown at each place, uniform over the 9! orders (for
-    tests), and the patches' corners [B, 9, 2], vertical and horizontal, in whole pixels.
+    tests), and the patches' corners [B, 9, 2], vertical and horizontal, in pixels.
     """
     cell, patch = patch_sizes(side)
     permutation = order_uniforms.argsort(1)

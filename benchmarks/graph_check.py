@@ -153,7 +153,9 @@ def batch_of(trainer, step):
     if step % 8 == 7:
         size -= 5
     generator = torch.Generator().manual_seed(step)
-    return torch.randperm(trainer.train_count, generator=generator)[:size]
+    order = torch.randperm(trainer.train_count, generator=generator)[:size]
+    # Pinned, as in training.
+    return order.pin_memory() if trainer.device.type == "cuda" else order
 
 
 def in_lockstep(one, other, steps):

@@ -207,6 +207,8 @@ def training_step(trainer, batch_size):
     count = len(trainer.images)
     whole_batches = count // batch_size * batch_size
     order = torch.randperm(count)[:whole_batches]
+    if trainer.device.type == "cuda":
+        order = order.pin_memory()  # as in training: the copy is not waited for
     batches = itertools.cycle(order.split(batch_size))
     uniforms = trainer.epoch_uniforms(1)
     return lambda: trainer.train_step(next(batches), uniforms, epoch=1, step=0)

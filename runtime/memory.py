@@ -104,7 +104,7 @@ def node_shared_tensor(shape):
         os.close(descriptor)
 
     # Every rank gets the paths of all ranks. torchrun numbers the ranks of a node one
-    # after another, so that of this node's local rank 0 is LOCAL_RANK places before ours.
+    # after another, so the path of local rank 0 is LOCAL_RANK places before our own.
     paths = [None] * WORLD_SIZE
     distributed.all_gather_object(paths, path)
     path = paths[RANK - LOCAL_RANK]

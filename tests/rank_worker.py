@@ -53,20 +53,16 @@ def watch_steps():
     train_step = PretrainingTrainer.train_step
 
     def watched(trainer, index, uniforms, epoch, step):
-        weights = [weight.detach() for weight in trainer.model.parameters()]
-        old = [weight.clone() for weight in weights]
         totals = train_step(trainer, index, uniforms, epoch, step)
 
+        weights = [weight.detach() for weight in trainer.model.parameters()]
         # A list first: all ranks take part in each comparison.
         equal = [same_on_all(tensor) for tensor in (*weights, trainer.bank.vectors)]
-        pairs = zip(weights, old, strict=True)
         seen["steps"].append(
             {
                 "epoch": epoch,
                 "images": index.tensor_split(WORLD_SIZE)[RANK].tolist(),
                 "equal": all(equal),
-                "skipped": all(new.equal(before) for new, before in pairs),
-                "scale": trainer.scaler.get_scale(),
             }
         )
         kinds = {type(module) for module in trainer.parallel_model.modules()}
@@ -129,19 +125,6 @@ def one_fails():
             raise UserError("rank 1 has a problem of its own", "solve it")
 
     before(PretrainingTrainer, "train_step", fail)
-
-
-def one_overflows():
-    """A loss that is too large for fp16's gradients, in the third step on rank 1."""
-    pirl_loss = pirl_stl_train_test.pirl_loss
-    calls = []
-
-    def overflowing(*arguments):
-        calls.append(1)
-        losses = pirl_loss(*arguments)
-        return losses * 2.0**40 if RANK == 1 and len(calls) == 3 else losses
-
-    pirl_stl_train_test.pirl_loss = overflowing
 
 
 def slow():

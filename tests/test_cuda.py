@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if __name__ == "__main__":
-    # A rank of the test of two processes. Both use the first card: run_helpers reads
-    # this when it is imported.
+    # A rank of the test of two processes. Both use the first card: runtime.ranks
+    # reads this when it is imported.
     os.environ["LOCAL_RANK"] = "0"
 
 import pytest
@@ -21,10 +21,13 @@ from torch import distributed
 import pirl_stl_train_test
 import train_stl_after_ssl
 from augmentations import IMAGE_VIEW_UNIFORMS, ImageView
+from dataset_helpers import load_labelled
 from jigsaw import Jigsaw
 from pirl_stl_train_test import PretrainingTrainer
+from runtime.captured import EAGER_CALLS
 from runtime.devices import choose_device, choose_precision
 from runtime.script import run_script
+from runtime.weights import choose_architecture
 
 DEVICE = "cuda"
 NO_GPU = not torch.cuda.is_available()
@@ -54,9 +57,9 @@ def make_gpu_trainer(precision, *flags):
 
 
 def random_batches():
-    """The images in a random order: eight int64 [32] on the host."""
+    """The images in a random order: eight int64 [32] on the host, pinned."""
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    return order.split(32)
+    return order.pin_memory().split(32)
 
 
 def run_flags(data_dir, folder):
@@ -80,18 +83,20 @@ def run_flags(data_dir, folder):
         ("bf16", ("--images-on", "host")),
         ("bf16", ("--loss", "nce", "--batch-negatives", "no")),
         ("bf16", ("--compile",)),
+        ("bf16", ("--cuda-graph",)),
     ],
 )
 def test_a_step_never_waits_for_the_device(precision, flags):
     trainer = make_gpu_trainer(precision, *flags)
     uniforms = trainer.epoch_uniforms(1)
     batches = random_batches()
-    # The first step may wait: it compiles, and cuDNN tries its algorithms.
-    trainer.train_step(batches[0], uniforms, 1, 0)
+    # The first steps may wait: they compile or capture, and cuDNN tries algorithms.
+    for step in range(EAGER_CALLS + 1):
+        trainer.train_step(batches[step], uniforms, 1, step)
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in (1, 2, 3):
+        for step in (4, 5, 6):
             trainer.train_step(batches[step], uniforms, 1, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -100,12 +105,13 @@ def test_a_step_never_waits_for_the_device(precision, flags):
 def test_a_step_of_fine_tuning_never_waits_for_the_device(tiny):
     flags = [str(flag) for flag in (*tiny, "--device", DEVICE)]
     args = train_stl_after_ssl.make_parser().parse_args(flags)
-    args.stem = "imagenet"
+    choose_architecture(args, None, {})
     device = choose_device(args)
     args.precision = choose_precision(args, device)
-    trainer = train_stl_after_ssl.FineTuningTrainer(args, device, None, {})
+    data = load_labelled(args.data_dir, args.image_size, device, args.seed)
+    trainer = train_stl_after_ssl.FineTuningTrainer(args, device, data, None, {}, None)
     uniforms = trainer.epoch_uniforms(1)
-    batches = trainer.train_index.split(16)
+    batches = trainer.data.train.split(16)
     trainer.train_step(batches[0], uniforms)
 
     torch.cuda.set_sync_debug_mode("error")
@@ -150,11 +156,39 @@ def test_compiled_steps_are_those_of_eager_ones(
     assert torch.cosine_similarity(change, compiled_change, dim=0) > least_cosine
 
 
+@pytest.mark.parametrize(
+    ("precision", "flags"),
+    [
+        ("fp32", ()),
+        ("bf16", ("--loss", "nce", "--images-on", "host")),
+        ("fp16", ("--pretext", "rotation")),
+    ],
+)
+def test_captured_steps_have_the_bits_of_eager_ones(precision, flags):
+    """With full batches and a partial one between them, by deterministic kernels."""
+    ends = []
+    for graph in ("False", "True"):
+        flags_of_run = (*flags, "--deterministic", "--cuda-graph", graph)
+        trainer = make_gpu_trainer(precision, "--warmup-steps", "0", *flags_of_run)
+        uniforms = trainer.epoch_uniforms(1)
+        batches = list(random_batches())
+        batches[5] = batches[5][:20]
+        totals = []
+        for step, index in enumerate(batches):
+            totals.append(trainer.train_step(index, uniforms, 1, step))
+        ends.append((torch.stack(totals), flat_weights(trainer), trainer.bank.vectors))
+
+    assert trainer.captured_update.graph is not None
+    for eager, captured in zip(*ends, strict=True):
+        assert eager.isfinite().all()
+        assert captured.equal(eager)
+
+
 def test_bank_and_loss_stay_in_float32_under_bf16():
     trainer = make_gpu_trainer("bf16")
-    index = torch.arange(32)
-    _, losses, _ = trainer.forward_batch(index, trainer.epoch_uniforms(1), 1, 0)
-    assert losses.dtype == torch.float32
+    batch = trainer.load_batch(random_batches()[0], trainer.epoch_uniforms(1), 1, 0)
+    embeddings, loss, totals = trainer.forward_batch(batch)
+    assert embeddings.dtype == loss.dtype == totals.dtype == torch.float32
     assert trainer.bank.vectors.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
@@ -175,12 +209,16 @@ def test_views_equal_those_of_the_cpu(view, columns):
 
 
 # ---- Whole runs ----------------------------------------------------------------------
-def test_a_deterministic_run_resumes_bit_for_bit(call, data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("graph", ["False", "True"])
+def test_a_deterministic_run_resumes_bit_for_bit(
+    call, data_dir, tmp_path, monkeypatch, graph
+):
     """A run that is interrupted after its second step and resumed has the bits of one
     that was not.
     """
     flags = run_flags(data_dir, tmp_path)
     flags += ["--deterministic", "True", "--checkpoint-minutes", 0]
+    flags += ["--cuda-graph", graph]
     whole_name = ["--experiment-name", "whole"]
     parts_name = ["--experiment-name", "parts"]
     assert call("pirl_stl_train_test", *flags, *whole_name).status == 0
@@ -197,7 +235,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(call, data_dir, tmp_path, monke
         assert call("pirl_stl_train_test", *flags, *parts_name).status == 130
     outcome = call("pirl_stl_train_test", *flags, *parts_name, "--resume", "True")
     assert outcome.status == 0, outcome.err
-    assert "going on from" in outcome.out
+    assert "continuing from" in outcome.out
 
     whole = torch.load(tmp_path / "weights/whole.ckpt", weights_only=True)
     parts = torch.load(tmp_path / "weights/parts.ckpt", weights_only=True)

@@ -357,6 +357,18 @@ def test_the_transparent_colour_of_a_palette(tmp_path, transparent):
     assert halves(tmp_path / "a.png") == ([255] * 3, [10, 20, 30])
 
 
+@pytest.mark.parametrize("mode", ["P", "L"])
+def test_a_turned_picture_stays_transparent(tmp_path, mode):
+    """On the left it is transparent in the file, and on the right when it is turned."""
+    columns = np.repeat([0, 1], 24)[None].repeat(48, 0)
+    image = Image.fromarray((60 * columns).astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x112] = 2
+    path = tmp_path / "a.png"
+    image.save(path, exif=exif, transparency=image.getpixel((0, 0)))
+    assert halves(path) == ([60] * 3, [255] * 3)
+
+
 @pytest.mark.parametrize(("colour", "values"), [(4, 2), (6, 4)])
 def test_16_bits_with_opacity(tmp_path, colour, values):
     clear = struct.pack(f">{values}H", *[0] * values)

@@ -15,7 +15,7 @@ import dataset_helpers
 import models
 import pirl_stl_train_test
 from pirl_stl_train_test import PretrainingTrainer
-from runtime import devices, memory
+from runtime import devices
 from runtime.devices import (
     choose_device,
     choose_precision,
@@ -197,19 +197,6 @@ def test_precision(old_card, capsys, monkeypatch):
     assert choose_precision(parse("--precision", "bf16"), CUDA) == "bf16"
     assert choose_precision(parse("--precision", "fp16"), CUDA) == "fp16"
     assert capsys.readouterr().out == ""
-
-
-@both_scripts
-def test_both_scripts_speak_of_precision(old_card, call, tiny, monkeypatch, script):
-    """They end here for want of memory on the card."""
-    monkeypatch.setattr(devices, "try_kernel", lambda device: None)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
-    outcome = call(script, *tiny, "--device", "cuda")
-    assert outcome.is_one_line_error("there is room for 0 GB")
-    assert outcome.out.count("note: this card has no bf16") == 1
-
-    outcome = call(script, *tiny, "--device", "cuda", "--precision", "bf16")
-    assert outcome.is_one_line_error("no bf16", "--precision fp16 or fp32")
 
 
 def test_what_is_made_for_a_card_is_made_there(monkeypatch):
@@ -460,25 +447,6 @@ def test_a_run_with_overflows_resumes_exactly(
     expected = parts_of(checkpoint(tmp_path, "whole"), names)
     assert same(parts_of(checkpoint(tmp_path, "killed"), names), expected)
     assert table(tmp_path, "killed") == table(tmp_path, "whole")
-
-
-@both_scripts
-def test_a_resumed_run_may_leave_fp16_and_come_back(
-    call, tiny, tmp_path, monkeypatch, script
-):
-    run = (script, *tiny, "--epochs", 1, "--checkpoint-minutes", 0, *NETWORK[script])
-    run = (*run, "--experiment-name", "exp")
-    for precision, resume in (("fp16", ()), ("fp32", ("--resume",))):
-        with monkeypatch.context() as patch:
-            watch_steps(patch, TRAINERS[script], kill_after=1)
-            outcome = call(*run, "--precision", precision, *resume)
-        assert outcome.status == 130, outcome.err
-    assert "note: --precision was fp16, is fp32" in outcome.out
-    assert checkpoint(tmp_path, "exp")["scaler"] == {}
-
-    outcome = call(*run, "--precision", "fp16", "--resume")
-    assert outcome.status == 0, outcome.err
-    assert checkpoint(tmp_path, "exp")["scaler"]["scale"] == 2.0**12
 
 
 @both_scripts

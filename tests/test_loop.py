@@ -391,6 +391,27 @@ def test_ranks_decide_together(tmp_path, monkeypatch, rank, device, step, now, m
     assert control.agree(save_due=True, now=now) == expected
 
 
+def test_gpus_meet_wherever_a_run_may_end(tmp_path, monkeypatch):
+    """After an epoch's last step, the epoch and the export; not after every step."""
+    met = []
+    monkeypatch.setattr(loop, "WORLD_SIZE", 2)
+    monkeypatch.setattr(loop.distributed, "all_reduce", lambda *wishes: met.append(1))
+    control = make_loop(tmp_path)
+    control.state.device = torch.device("cuda")
+    with control:
+        control.begin_epoch()
+        control.after_step(torch.zeros(2))
+        assert len(met) == 0
+        control.after_step(torch.zeros(2))
+        assert len(met) == 1
+        control.end_epoch()
+        control.state.finish_epoch({})
+        control.after_epoch()
+        assert len(met) == 2
+        control.after_export()
+        assert len(met) == 3
+
+
 def test_ranks_wait_for_the_checkpoint_before_they_end(tmp_path, monkeypatch):
     events = []
     monkeypatch.setattr(loop, "cleanup_distributed", lambda: events.append("left"))

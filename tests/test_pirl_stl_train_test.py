@@ -284,17 +284,20 @@ def test_what_a_resumed_run_may_change_and_what_not(pretrain, finished, tmp_path
     assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
 
 
-def test_fewer_epochs_than_are_done(pretrain, finished, tmp_path):
-    """They cannot be undone; the run and its model say how many there are."""
-    finished("exp")
-    before = weights(tmp_path, "exp")
-    outcome = pretrain("exp", "--epochs", 1, "--resume")
-    assert outcome.status == 0, outcome.err
-    assert "note: 2 epochs are done already, so --epochs is 2" in outcome.out
-    after = weights(tmp_path, "exp")
-    assert after["settings"]["epochs"] == 2
-    assert same(parts_of(after), parts_of(before))
-    assert epochs_of(table(tmp_path, "exp")) == ["1", "2"]
+def test_fewer_epochs_than_have_begun(pretrain, finished, tmp_path, monkeypatch):
+    """None can be undone; the run and its model say how many there are."""
+    finished("whole")
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, signal.SIGTERM, 7)
+        assert pretrain("halves").status == 143
+    # Once in the middle of epoch 2, once after it.
+    for name in ("halves", "whole"):
+        outcome = pretrain(name, "--epochs", 1, "--resume")
+        assert outcome.status == 0, outcome.err
+        assert "note: epoch 2 has begun already, so --epochs is 2" in outcome.out
+        assert weights(tmp_path, name)["settings"]["epochs"] == 2
+    assert epochs_of(table(tmp_path, "whole")) == ["1", "2"]
+    assert same_results(tmp_path, "whole", "halves")
 
 
 def test_a_longer_cosine_for_more_epochs(pretrain, finished, tmp_path):

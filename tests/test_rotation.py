@@ -71,31 +71,12 @@ def rotate_each(images, turns):
     return torch.stack(rotated)
 
 
-def turns_of(uniforms):
-    """How many quarters each image is turned by, seen in the result: int64 [N]."""
-    image = torch.tensor([[0.0, 1.0], [3.0, 2.0]])
-    images = image.expand(len(uniforms), 3, 2, 2)
-    # Counterclockwise, each turn brings the next number to the corner of the 0.
-    return quarter_turns(images, uniforms)[:, 0, 0, 0].long()
-
-
 # ---- The turns -----------------------------------------------------------------------
 def test_a_turn_is_rot90_to_the_bit():
     images = make_images(8, 9)
     uniforms = torch.tensor([0, 0.2499, 0.25, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-24])
     expected = rotate_each(images, [0, 0, 1, 1, 2, 2, 3, 3])
     assert quarter_turns(images, uniforms).equal(expected)
-
-
-def test_each_turn_is_equally_often_whatever_the_image_before_has():
-    count = 40000
-    turns = turns_of(make_uniforms(count, 1)[:, 0])
-
-    pairs = turns[:-1] * 4 + turns[1:]
-    counts = torch.bincount(pairs, minlength=16)
-    expected = (count - 1) / 16
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert chi_square < 43  # 15 degrees of freedom: 1 in 5,000
 
 
 # ---- The view of rotation ------------------------------------------------------------

@@ -6,7 +6,6 @@ import importlib
 import io
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -85,40 +84,6 @@ def test_standard_output_that_cannot_be_written(monkeypatch, capsys, error, begi
     assert status_of(error) == 1
     sys.stdout.flush()  # as the interpreter does at its end
     assert only_line(capsys).startswith(beginning)
-
-
-@pytest.mark.slow
-def test_nothing_follows_the_last_line_where_the_reader_has_ended():
-    """Ctrl-C ends `| tee` too. What is not written yet cannot be, and that is all."""
-    code = (
-        "import sys\n"
-        "from runtime.script import run_script\n"
-        "def main():\n"
-        "    print('begun', flush=True)\n"
-        "    sys.stdin.readline()\n"
-        "    print('note: not written yet')\n"
-        "    raise KeyboardInterrupt\n"
-        "run_script(main)\n"
-    )
-    environment = dict(os.environ)
-    environment.pop("PYTHONUNBUFFERED", None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "begun\n"
-    process.stdout.close()
-    process.stdin.write("the reader has ended\n")
-    process.stdin.close()
-    err = process.stderr.read()
-    assert process.wait(60) == 130
-    assert err.startswith("error: interrupted")
-    assert len(err.splitlines()) == 1, err
 
 
 def test_a_terminal_that_lacks_our_signs(monkeypatch):

@@ -1,7 +1,7 @@
 """Folders of images to tensors, and splits.
 
-A split is one uint8 tensor [N, 3, S, S] that is decoded once and lives on the training
-device; in pretraining it may stay on the host. A batch is rows of it.
+All images of a run are decoded once into one uint8 tensor [N, 3, S, S], which lives on
+the training device; in pretraining it may stay on the host. A batch is rows of it.
 """
 
 import os
@@ -24,7 +24,7 @@ from runtime.memory import fill_images, place_images
 from runtime.randomness import SPLIT, make_generator
 
 STL10_SIDE = 96  # pixels
-# Of the unlabelled images that are not trained on, at most this many are validated on.
+# At most so many of the other unlabelled images are used for validation.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
 # If the longer side is more than this many times the shorter one, the ends are cut off

@@ -19,7 +19,7 @@ EVALUATION_BATCH = 128  # images at a time, at most, where nothing is trained
 # How many training images the exported batch-norm statistics are computed on, at most.
 STATISTICS_IMAGES = 4096
 
-# The settings of the kNN classifier (Wu et al., arXiv:1805.01978, section 3.4).
+# The kNN classifier of Wu et al. (arXiv:1805.01978, section 3.4), their temperature.
 NEIGHBOURS = 20
 KNN_TEMPERATURE = 0.07
 
@@ -93,10 +93,10 @@ def knn_accuracy(features, labels, queries, query_labels):
 
 
 class KNNMonitor:
-    """kNN accuracy during pretraining, on the labelled images that do not train.
+    """kNN accuracy during pretraining, on the labelled images.
 
-    The images are split as for fine-tuning: kNN among the training images classifies
-    the validation images. No test image is read.
+    They are split as for fine-tuning: the validation images are classified by their
+    nearest training images. No test image is read.
     """
 
     def __init__(self, args, device):

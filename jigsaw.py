@@ -81,7 +81,8 @@ class Jigsaw(nn.Module):
 def patch_sizes(side):
     """(side of a grid cell, side of a patch) in pixels: (32, 30) of 96 × 96.
 
-    The paper's are (85, 64) of 255 × 255: scaled, a patch would have 24 pixels.
+    The paper's are (85, 64) of 255 × 255. In proportion, a patch would have 24 pixels,
+    which is little to see; a gap of two pixels still hides how the edges continue.
     """
     return side // GRID, 30 * side // 96
 

@@ -1,4 +1,4 @@
-"""PIRL's loss (paper, section 2.1 and 2.2, equations 3 to 5)."""
+"""PIRL's loss (paper, sections 2.1 and 2.2, equations 3 to 5)."""
 
 import math
 
@@ -11,7 +11,7 @@ def pirl_loss(image_embeddings, pretext_embeddings, memory, negatives, mask, arg
 
     image_embeddings and pretext_embeddings [B, 128]: what the heads f and g give.
     memory [B, 128]: the images' own rows of the bank. negatives [C, 128]: unit vectors.
-    mask [B, C] bool: True where one of these is not a negative of that image. args:
+    mask [B, C] bool: True where one of these must not count for that image. args:
     temp_parameter (τ), loss_weight (λ), loss and positive. Returns the loss of each
     image, float32 [B].
     """
@@ -37,18 +37,19 @@ def pirl_loss(image_embeddings, pretext_embeddings, memory, negatives, mask, arg
 
 
 def modified_nce(logits):
-    """−log h(u, w), h being a probability (equation 3).
+    """−log h (equation 3), the default: the first term of nce(), known as InfoNCE.
 
-    logits [B, 1 + C]: the positive's first -> [B].
+    h is the softmax probability of the positive. logits [B, 1 + C]: the positive's
+    first, then the negatives' -> [B].
     """
     return -F.log_softmax(logits, dim=1)[:, 0]
 
 
 def nce(logits):
-    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equation 4).
+    """−log h(u, w) − Σ_k log(1 − h(w, m_k)) (equation 4), the paper's loss.
 
-    logits [B, 1 + C]: the positive's first -> [B]. h(w, m_k) is the probability of
-    column k, with the same denominator as h(u, w).
+    h(u, w) is the softmax probability of column 0, the positive; h(w, m_k) that of the
+    negative m_k's column. logits [B, 1 + C] -> [B].
 
     Simply written, this is −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1). But where
     a column's h is nearly 1, rounding loses its 1 − h. Only the largest of a row can be

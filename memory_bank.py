@@ -42,8 +42,8 @@ class MemoryBank(nn.Module):
         training images. (The paper draws for each image. For 128 images with 6,400
         negatives, 420 MB of vectors would be copied in each step.)
 
-        Returns (vectors [K + 1, 128], mask [B, K + 1] bool: True where a vector is not
-        a negative of that image).
+        Returns (vectors [K + 1, 128], mask [B, K + 1] bool: True for the one that must
+        not count for that image).
         """
         mask = drawn == index[:, None]  # [B, K + 1]
         own_row_drawn = mask.any(1)

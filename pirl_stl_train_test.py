@@ -57,8 +57,8 @@ from runtime.script import run_script
 from runtime.weights import load_weights, read_weights
 
 DEFAULT_NEGATIVES = 6400
-# The gradient's norm is above 10 at first. Clipped, the first steps are of about the
-# same length whatever the loss is.
+# The gradient's norm is above 10 at first. Clipped, the first steps have about the same
+# length with --loss nce as with modified-nce.
 MAX_GRADIENT_NORM = 2.0
 # What a resumed run may change, in addition to what both scripts allow.
 CHANGEABLE_HERE = {
@@ -69,7 +69,7 @@ CHANGEABLE_HERE = {
     "cuda_graph",
     "tmax_for_cos_decay",
 }
-DIVERGED = (
+ADVICE_IF_DIVERGED = (
     "lower --lr, raise --temp-parameter or --warmup-steps, or use --precision fp32"
 )
 
@@ -106,7 +106,7 @@ def make_parser():
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
         help="pretext task")
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
-        help="nce is the paper's equation 4")
+        help="modified-nce: the first term of the paper's equation 4; nce: all of it")
     add("--positive", choices=["bank", "pair"], default="bank",
         help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
     add("--loss-weight", type=bounded(float, 0, 1), default=0.5, metavar="X",
@@ -201,7 +201,7 @@ def main(argv=None):
         checkpoint_file=experiment.checkpoint_file,
         checkpoint_minutes=args.checkpoint_minutes,
         title="epoch",
-        advice=DIVERGED,
+        advice=ADVICE_IF_DIVERGED,
     )
     if args.warm_start and not checkpoint:
         # --warm-start on the run's own name leaves its earlier checkpoint there. If
@@ -255,6 +255,7 @@ def main(argv=None):
             loop.after_epoch()
 
         loop.checkpoint()
+        experiment.write_history(state.history)  # also of a copied checkpoint
         export(trainer, state, experiment)
         # A signal that came during the export ends the process here.
         loop.after_export()
@@ -312,8 +313,9 @@ class PretrainingTrainer:
             # DistributedDataParallel warns of the strides of 1 × 1 convolutions in
             # channels-last order. That changes neither the result nor the speed.
             warnings.filterwarnings("ignore", "Grad strides do not match")
-            # Each rank normalises its own share of a batch. Before validation, all
-            # ranks take over the running statistics of rank 0.
+            # Batch norm uses the statistics of each rank's own share (there is no
+            # SyncBatchNorm), so its buffers are not broadcast in every step; validate()
+            # does that.
             self.parallel_model = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False
             )
@@ -390,8 +392,9 @@ class PretrainingTrainer:
         self.model.train()
         batch = self.load_batch(index, uniforms, epoch, step)
         lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
-        # The learning rate is a tensor, too: a captured step would keep a number as it
-        # was when it was captured. float32 is what the fused optimiser reads.
+        # update() needs it as a tensor in float32, which the fused optimiser reads from
+        # the device's memory: a captured step would go on using the number that it was
+        # captured with.
         lr_tensor = torch.full((), lr, dtype=torch.float32, device=self.device)
 
         if self.captured_update and len(index) == self.args.batch_size:
@@ -399,7 +402,7 @@ class PretrainingTrainer:
         else:
             totals = self.update(lr_tensor, *batch)
 
-        # A number again, for checkpoints and the CSV.
+        # update() has put the tensor there; checkpoints and the CSV need a number.
         self.optimizer.param_groups[0]["lr"] = lr
         return totals
 
@@ -410,8 +413,9 @@ class PretrainingTrainer:
         with a generator of its own for each step.
         """
         # This rank's share. The last batch of an epoch may have fewer images than there
-        # are ranks. But all ranks meet in a step, so a rank without a share computes
-        # one image of the batch all the same, and forward_batch() does not count it.
+        # are ranks, but every rank must take part in the exchange of gradients. So a
+        # rank without a share computes the batch's first image all the same;
+        # gather_rows() drops its embedding, and forward_batch() its loss.
         share = index.tensor_split(WORLD_SIZE)[RANK]
         if len(share) == 0:
             share = index[:1]
@@ -444,7 +448,8 @@ class PretrainingTrainer:
 
         On a GPU it may be captured: its kernels are then launched again and again
         without this code. So everything that differs between two steps is a tensor
-        among its arguments, and what it changes, it changes in place.
+        among its arguments (a flat list, which CapturedFunction copies), and what it
+        changes, it changes in place.
         """
         batch = Batch(*batch)
         image_embeddings, loss, totals = self.forward_batch(batch)
@@ -485,11 +490,13 @@ class PretrainingTrainer:
         if WORLD_SIZE > 1:
             all_embeddings = gather_rows(all_embeddings, counts)
 
-        # The negatives: from the bank, the same draw on all ranks, and from the batch.
-        # Gradients flow into the batch's embeddings.
+        # Negatives from the bank: the same draw on all ranks. Pretext accuracy counts
+        # these alone, whatever --batch-negatives says.
         negatives, mask = self.bank.negatives(batch.drawn, batch.share)
         memory = self.bank.vectors[batch.share]
         correct = pretext_correct(pretext_embeddings, memory, negatives, mask)
+
+        # For the loss, also the new embeddings of the batch; gradients flow into them.
         if args.batch_negatives:
             batch_vectors = F.normalize(all_embeddings, dim=1)
             is_own = batch.share[:, None] == batch.index  # [b, B]
@@ -500,12 +507,12 @@ class PretrainingTrainer:
             image_embeddings, pretext_embeddings, memory, negatives, mask, args
         )
         if counts[RANK] == 0:
-            # Times 0 rather than left out: the other ranks wait for the gradients.
+            # Times 0 rather than left out, so that there are gradients to exchange.
             losses = losses * 0
             correct = torch.zeros_like(correct)
 
-        # DistributedDataParallel takes the mean of the ranks' gradients: with the
-        # factor, that is the gradient of the whole batch's mean loss.
+        # DistributedDataParallel divides the sum of the ranks' gradients by WORLD_SIZE;
+        # wanted is the gradient of the mean loss of all B images.
         loss = losses.sum() * WORLD_SIZE / batch_size
         totals = torch.stack([losses.detach().sum(), correct.sum()])
         if WORLD_SIZE > 1:
@@ -646,7 +653,7 @@ def check_after_loading(args, train_count):
 
 
 def keep_begun_epochs(args, state):
-    """Raise --epochs to the epochs that a resumed run has begun: none can be undone."""
+    """If a resumed run is beyond --epochs already, raise --epochs to where it is."""
     begun = state.epoch if state.step > 0 else state.epoch - 1
     if begun > args.epochs:
         print(f"note: epoch {begun} has begun already, so --epochs is {begun}")
@@ -656,7 +663,8 @@ def keep_begun_epochs(args, state):
 def warm_start(trainer, state, experiment):
     """Start from a file of weights, at --cont-epoch.
 
-    Under the run's own name its record is continued.
+    Without --pirl-model-name, that file is this experiment's own finished model, and
+    the rows of its CSV before --cont-epoch are kept.
     """
     args = trainer.args
     name = args.pirl_model_name or str(experiment.model_file)

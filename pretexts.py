@@ -2,7 +2,7 @@
 
 A task is an nn.Module with
 - `__init__(colour_strength)`;
-- `uniforms`: how many random numbers an image's view takes, U;
+- `uniforms`, of the class: how many random numbers an image's view takes, U;
 - `inputs_per_image`: how many inputs it gives to the network, n (for pictures.py);
 - `forward(images, uniforms)`: images float32 [B, 3, S, S] in 0 … 255 and uniforms
   [B, U] in [0, 1) to the inputs [B·n, 3, P, P], normalised, those of an image one

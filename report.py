@@ -187,8 +187,8 @@ def write_report(experiment, argv, table, classes, train_labels, val, test):
 def draw_neighbours(path, trunk, known, shown, classes, batch_size):
     """A picture: the first image of each class, with its nearest training images.
 
-    known, shown: LabelledImages, of which those are searched, and these are the rows;
-    of many classes, the first 20.
+    known: the LabelledImages to search. shown: the LabelledImages whose first image of
+    each class is a query, of at most 20 classes.
     """
     labels = shown.labels.unique()[:SHOWN_CLASSES]
     firsts = [(shown.labels == label).nonzero()[0].item() for label in labels]

@@ -35,7 +35,7 @@ SPLITS = {  # ours -> raw images, raw labels
 }
 EXTRAS = ("class_names.txt", "fold_indices.txt")  # copied where the release has them
 IMAGE_BYTES = 3 * STL10_SIDE**2
-TIMEOUT = 60  # seconds of silence until a server is given up
+TIMEOUT = 60  # seconds to wait for a server that sends nothing
 
 
 def parse_args(argv=None):

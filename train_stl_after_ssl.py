@@ -63,10 +63,10 @@ from runtime.script import run_script
 from runtime.weights import choose_architecture, load_weights, read_weights
 
 # The full stage keeps an exponential moving average of the weights, over about the last
-# 100 steps. On two seeds, its accuracy on photographs was 2.7 and 0.5 points above that
-# of the weights themselves (docs/experiments.md).
+# 100 steps. On two seeds, its test accuracy was 2.7 and 0.5 points above that of the
+# weights themselves (docs/experiments.md).
 AVERAGE_DECAY = 0.99
-DIVERGED = "lower --full-lr, or use --precision fp32"
+ADVICE_IF_DIVERGED = "lower --full-lr, or use --precision fp32"
 
 
 def make_parser():
@@ -168,16 +168,17 @@ def main(argv=None):
         checkpoint_file=experiment.checkpoint_file,
         checkpoint_minutes=args.checkpoint_minutes,
         title="whole network, epoch",
-        advice=DIVERGED,
+        advice=ADVICE_IF_DIVERGED,
     )
     if checkpoint:
         experiment.restore(checkpoint, data.fingerprint, trainer, state)
         keep_begun_epochs(args, experiment, trainer, state)
     print_summary(trainer, test, loop.steps_per_epoch)
 
-    # The softmax layer takes a minute or two: a run that is stopped in it begins again.
-    # If test/ has changed since, a resumed run repeats it for the test accuracies; it
-    # ends with the same layer, from which a full stage has perhaps begun already.
+    # Train the softmax layer if that has not been done, or if test/ has changed since,
+    # for the test accuracies. Once the full stage has begun, only these are taken: the
+    # layer would be the same. (A run that is stopped within this minute or two starts
+    # it again.)
     if "softmax" not in trainer.results or trainer.test_checksum != test_checksum:
         started = time.monotonic()
         probe = linear_probe(trainer.start_trunk(), data, test, folds, args)
@@ -254,6 +255,7 @@ def finish(trainer, test, state, experiment, argv, loop):
             )
     loop.checkpoint()
 
+    experiment.write_history(state.history)  # also of a copied checkpoint
     experiment.export(
         args,
         {"trunk": finished.trunk, "softmax_layer": finished.softmax_layer},
@@ -442,9 +444,10 @@ class FineTuningTrainer:
     def update_average(self):
         """Move the averaged network, with its batch-norm statistics, towards the model.
 
-        With a decay of 0.99 from the first step on, a run of a hundred steps would
-        still hold a third of its first weights. So after n steps it is n / (n + 9):
-        about the last ninth of the steps counts, until that is 100 steps.
+        With a decay of 0.99 from the first step on, the average of a run of a hundred
+        steps would still hold a third of its first weights. So after n steps the decay
+        is n / (n + 9), which averages over about the last n / 9 steps, until these are
+        100.
         """
         decay = min(AVERAGE_DECAY, self.full_steps / (self.full_steps + 9))
         averages = self.averaged_model.state_dict().values()
@@ -512,9 +515,9 @@ def check_batch_size(args, data):
 
 
 def keep_begun_epochs(args, experiment, trainer, state):
-    """Raise --full-epochs to the epochs that a resumed run has begun.
+    """If a resumed run is beyond --full-epochs already, raise that to where it is.
 
-    They cannot be undone, so a run without the full stage is refused.
+    A checkpoint from within the full stage cannot be resumed without that stage.
     """
     if trainer.full_stage_begun and not args.full_fine_tune:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What any training program needs, and nobody reads to understand PIRL."""
+"""What any training program needs; PIRL itself is in the files of the root."""
 
 import platform
 import sys

@@ -11,7 +11,7 @@ from runtime.script import error_line
 class HelpFormatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
-    """Adds every default but None, which the help text puts into words."""
+    """Adds the defaults; where one is None, the help text says what happens."""
 
     def _get_help_string(self, action):
         if action.default is None or "default" in action.help:

@@ -22,9 +22,9 @@ class CapturedFunction:
     def __init__(self, function):
         self.function = function
         self.eager_calls_left = EAGER_CALLS
-        # Autograd adds up gradients on the stream on which their weights were first
-        # used. So the eager calls use the stream of the capture: the default stream
-        # cannot be captured.
+        # Autograd adds up a weight's gradients on the stream on which the weight was
+        # first used. If that were the default stream, which cannot be captured, the
+        # capture would fail. So the eager calls use the stream of the capture, too.
         self.stream = torch.cuda.Stream()
         self.graph = None
         self.inputs = None  # where the graph reads

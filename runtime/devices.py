@@ -176,7 +176,7 @@ def make_scaler(device, precision):
 def optimizer_step(loss, optimizer, scaler, max_norm=None):
     """One step down the gradient of `loss`, a scalar.
 
-    max_norm: a gradient that is longer is rescaled to this norm; None: it is not.
+    max_norm: a gradient that is longer is rescaled to this norm; None: no clipping.
     """
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -192,10 +192,10 @@ def optimizer_step(loss, optimizer, scaler, max_norm=None):
 def restore_optimizer(optimizer, scaler, saved):
     """Bring back momentum and scale from a checkpoint, a dict that has both.
 
-    The settings (momentum, weight decay, …) stay those of the optimiser as it was made.
-    load_state_dict() alone would bring the old ones back, and a setting that a resumed
-    run may change would be ignored; today's flags have none. The current learning rate
-    is a part of the state.
+    The settings (momentum, weight decay, …) stay those of the optimiser as it was made,
+    since load_state_dict() alone would bring the old ones back. So a flag that a
+    resumed run may change takes effect. The current learning rate is a part of the
+    state.
     """
     settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])

@@ -179,7 +179,7 @@ class Experiment:
         files = (self.checkpoint_file, self.model_file, self.history_file)
         taken = [file for file in files if file.exists()]
         if taken and RANK == 0 and not may_replace:
-            advice = "continue it by --resume True, or choose another"
+            advice = "continue it with --resume True, or choose another"
             if not self.checkpoint_file.exists():
                 advice = f"{self.checkpoint_file} is gone, so choose another"
             raise UserError(
@@ -194,9 +194,10 @@ class Experiment:
     def restore_settings(self, parser, argv, args, checkpoint, changeable):
         """The arguments of a resumed run; args: as parsed without the checkpoint.
 
-        A flag that is left out keeps the value that the run had. A flag that is given
-        and differs is refused, unless it is among `changeable`. A flag that is newer
-        than the checkpoint had its default then.
+        The command line is parsed again, with the checkpoint's values as defaults. So a
+        flag that is left out keeps the value that the run had. A flag that is given and
+        differs is refused, unless it is among `changeable`. A flag that is newer than
+        the checkpoint had its default then.
         """
         with explain_mismatch(self.checkpoint_file, "choose another --experiment-name"):
             saved = {}
@@ -205,8 +206,6 @@ class Experiment:
                     default = parser.get_default(name)
                     saved[name] = checkpoint["settings"].get(name, default)
 
-        # Parsed once more with the old values as the defaults: so a flag that is left
-        # out has the old value, and one that is given has the new one.
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         for name in FROM_CHECKPOINT:

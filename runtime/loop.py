@@ -24,7 +24,8 @@ SIGNALS = [
 ]
 # How often the ranks of GPUs ask one another whether to stop or to save.
 STEPS_BETWEEN_SYNCS = 16
-# After an epoch, a checkpoint is written unless the previous one is younger than this.
+# After the last step of an epoch, a checkpoint is written unless the previous one is
+# younger than this.
 END_OF_EPOCH_MINUTES = 1
 
 
@@ -59,7 +60,7 @@ class Signals:
                 name = signal.Signals(number).name
                 print(
                     f"\n{name} received: the run will save a checkpoint and stop after "
-                    "the current step or validation",
+                    "the current step, validation or kNN",
                     flush=True,
                 )
 
@@ -67,8 +68,8 @@ class Signals:
 class EpochBar:
     """The bar of the epoch under way, and its clock, which a resumed run continues.
 
-    The clock runs on after the bar is closed: state.seconds is the time of the training
-    steps, seconds() at the end that of the whole epoch with validation.
+    state.seconds is the time that the training steps took, without validation. The
+    clock also runs during validation, after the bar is closed.
     """
 
     def __init__(self, title, state, images_per_epoch, batch_size):
@@ -172,8 +173,8 @@ class LoopControl:
         self.state.seconds = self.bar.seconds()
         self.bar.update()
 
-        # After the last step of an epoch, all ranks decide at once: a signal must end
-        # the run before validation, which may take longer than a scheduler waits.
+        # After the last step of an epoch, the ranks always ask: a signal must end the
+        # run before validation, which may take longer than a scheduler waits.
         is_last_step = self.state.step == self.steps_per_epoch
         save_due = self.checkpoint_due(is_last_step)
         signal_number, save_now = self.agree(save_due, now=is_last_step)
@@ -191,7 +192,7 @@ class LoopControl:
         """Stop the epoch's clock and its bar. Returns its mean loss and accuracy."""
         self.check_finite()
         averages = self.state.averages(self.images_per_epoch)
-        # Both have waited for the device: now the time is that of the whole epoch.
+        # Both have waited for the device, so the clock includes the last steps.
         self.state.seconds = self.bar.seconds()
         self.bar.close()
         return averages
@@ -219,7 +220,7 @@ class LoopControl:
 
     # ---- Checkpoints and the end -----------------------------------------------------
     def checkpoint(self):
-        # What is not finite must not overwrite the last good checkpoint.
+        # A diverged run must not overwrite the last good checkpoint.
         self.check_finite()
         self.save()
         self.saved_at = time.monotonic()
@@ -234,7 +235,8 @@ class LoopControl:
         minutes = self.checkpoint_minutes
         if is_last_step:
             if not self.checkpoint_file.exists():
-                # The CSV is about to get a row: --resume must find a checkpoint.
+                # The CSV is about to get a row, which makes the name "taken": then
+                # --resume must find a checkpoint.
                 return True
             minutes = min(minutes, END_OF_EPOCH_MINUTES)
         return time.monotonic() - self.saved_at >= 60 * minutes
@@ -242,10 +244,10 @@ class LoopControl:
     def agree(self, save_due, now):
         """(number of a signal or 0, whether to save a checkpoint): all ranks' decision.
 
-        A signal to any rank counts; of the clocks, that of rank 0. The ranks of GPUs
-        ask one another every 16 steps only, so that their hosts need not wait for each
-        other after every step, and where `now` is true. A pending signal is handled at
-        the next sync.
+        With several ranks, a signal to any of them counts, but only rank 0's
+        `save_due`. Asking makes the hosts wait for each other. So ranks on GPUs ask
+        every 16 steps, and when `now` is true; in between, a signal or a checkpoint
+        that is due waits for the next sync.
         """
         if WORLD_SIZE == 1:
             return self.signals.received, save_due

@@ -56,12 +56,13 @@ def fill_images(shape, device, fill, all_ranks=False):
     """A uint8 tensor [N, 3, S, S] on `device`, filled on the host, and its CRC-32.
 
     fill(rows, array) writes the images `rows`, a slice of all N, to array, numpy uint8
-    [n, 3, S, S]. all_ranks: whether every rank calls this. The host of a node holds
+    [n, 3, S, S]. all_ranks: whether every rank calls this. Three cases:
 
-    - one tensor, if one rank calls this, or if the images stay on the host: then the
-      ranks of the node share it, and each fills a part of it;
-    - one tensor per rank, if the images are for several cards: each rank fills its own
-      before it copies it to its card.
+    - one rank calls this: it fills one tensor;
+    - all ranks, and the images stay on the host: the ranks of a node share one tensor,
+      and each fills a part of it;
+    - all ranks, and the images are for cards: each rank fills a tensor of its own, and
+      copies it to its card.
     """
     shares_tensor = all_ranks and device.type == "cpu" and LOCAL_WORLD_SIZE > 1
     tensors_on_node = 1

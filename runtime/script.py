@@ -49,7 +49,7 @@ def run_script(main):
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if out_of_memory or "can't allocate memory" in reason:
             end(
-                f"the memory is full ({reason}): choose a smaller --batch-size, "
+                f"out of memory ({reason}): choose a smaller --batch-size, "
                 "--image-size or --model-type; in pretraining on a GPU, try "
                 "--images-on host"
             )

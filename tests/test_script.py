@@ -59,7 +59,7 @@ def test_full_memory_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     ):
         assert status_of(error) == 1
         assert only_line(capsys).startswith(
-            f"error: the memory is full ({reason}): choose a smaller --batch-size"
+            f"error: out of memory ({reason}): choose a smaller --batch-size"
         )
     with pytest.raises(RuntimeError, match="a bug"):
         status_of(RuntimeError("a bug"))

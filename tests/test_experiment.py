@@ -448,7 +448,7 @@ def test_more_epochs_and_fewer(pretrain, finished, tmp_path):
 
     outcome = pretrain("exp", "--resume", "--epochs", 1)
     assert outcome.status == 0, outcome.err
-    assert "note: 2 epochs are done already, so --epochs is 2" in outcome.out
+    assert "note: epoch 2 has begun already, so --epochs is 2" in outcome.out
     model = weights(tmp_path, "exp")
     assert model["settings"]["epochs"] == 2
     assert len(model["history"]) == 2
@@ -492,7 +492,7 @@ def test_the_full_stage_may_be_longer_or_begin_later(fine_tune, tmp_path):
     assert first["settings"]["full_epochs"] == 2
 
     outcome = fine_tune("exp", "--full-epochs", 1, "--resume")
-    assert "note: 2 epochs are done already, so --full-epochs is 2" in outcome.out
+    assert "note: epoch 2 has begun already, so --full-epochs is 2" in outcome.out
     assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 2
 
 

@@ -277,12 +277,14 @@ def test_images_are_filled_and_their_checksum_taken(free):
 def test_free_memory_is_divided_by_the_ranks_of_a_node(free, monkeypatch):
     """Each decodes images for its own card. What one rank alone reads is there once."""
     monkeypatch.setattr(memory, "LOCAL_WORLD_SIZE", 4)
+    monkeypatch.setattr(memory, "WORLD_SIZE", 8)
     free(host=HUNDRED_IMAGES)
     fill_images(SHAPE, CPU, fill_by_number)
 
+    free(host=4 * HUNDRED_IMAGES)
     free(host=4 * HUNDRED_IMAGES - 1)
     with pytest.raises(UserError, match=r"there is room for 0\.000389 GB"):
-        fill_images(SHAPE, CUDA, interrupted, all_ranks=True)
+        fill_images(SHAPE, CUDA, fill_by_number, all_ranks=True)
 
 
 @pytest.fixture

@@ -116,14 +116,16 @@ def test_ranks_must_have_the_same_flags_and_files(monkeypatch):
     compare_ranks(ours, 1, 2)
     # Other flags may be why other files were read: they come first.
     flags = r"^the ranks have different flags \(--lr, --batch-size\): start all"
-    for other in ((others, (1, 2)), (others, (1, 3))):
-        everyone[:] = [same, other]
-        with pytest.raises(UserError, match=flags):
-            compare_ranks(ours, 1, 2)
-    for other in ((ours, (1, 3)), (ours, (2, 1))):
-        everyone[:] = [same, other]
-        with pytest.raises(UserError, match="different files: give a --data-dir"):
-            compare_ranks(ours, 1, 2)
+    files = "different files: give a --data-dir"
+    for other, problem in (
+        ((others, (1, 2)), flags),
+        ((others, (1, 3)), flags),
+        ((ours, (1, 3)), files),
+        ((ours, (2, 1)), files),
+    ):
+        for everyone[:] in ([same, other], [other, other]):
+            with pytest.raises(UserError, match=problem):
+                compare_ranks(ours, 1, 2)
 
 
 def test_what_the_ranks_compare_and_when(call, tiny, monkeypatch):

@@ -540,7 +540,7 @@ def test_more_epochs_go_on_and_fewer_change_nothing(tune, whole, tmp_path):
 
     outcome = tune("exp", *whole, "--full-epochs", 2, "--resume")
     assert outcome.status == 0, outcome.err
-    assert "note: 3 epochs are done already, so --full-epochs is 3" in outcome.out
+    assert "note: epoch 3 has begun already, so --full-epochs is 3" in outcome.out
     assert_same_run(tmp_path, "whole", "exp")
     assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 3
 

@@ -545,6 +545,18 @@ def test_more_epochs_go_on_and_fewer_change_nothing(tune, whole, tmp_path):
     assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 3
 
 
+def test_fewer_epochs_than_have_begun(tune, whole, tmp_path, monkeypatch):
+    """The one under way is finished: its steps cannot be undone."""
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 5)  # in the second epoch
+        assert tune("exp", *whole).status == 143
+    outcome = tune("exp", *whole, "--full-epochs", 1, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert "note: epoch 2 has begun already, so --full-epochs is 2" in outcome.out
+    assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 2
+    assert table(tmp_path, "exp") == table(tmp_path, "whole")[:-1]
+
+
 @pytest.mark.parametrize("full_fine_tune", [False, True])
 def test_test_images_that_come_later_or_change_are_tested_anew(
     tune, zoo, whole, tmp_path, full_fine_tune

@@ -256,9 +256,10 @@ def byol(resnet, other):
 
 
 def nested(resnet, other):
-    """The state dict lies two dicts deep, beside tensors that are of no network."""
+    """The state dict lies two dicts deep, beside tensors that are of no trunk."""
     shadow = {0: torch.zeros(64, 3, 7, 7)}
-    inside = {"shadow": shadow, "weights": named(trunk=resnet).state_dict()}
+    model = named(trunk=resnet, bn1=nn.BatchNorm1d(64))
+    inside = {"shadow": shadow, "weights": model.state_dict()}
     return {"config": {"lr": 1.0}, "model": inside, "optimizer": optimizer_state()}
 
 

@@ -77,7 +77,7 @@ except ImportError as error:
 # The settings of lightly's own benchmark of these methods on small images
 # (cifar10_benchmark.py). The learning rate of all three is 0.06 there, which is too
 # much for a short run of Barlow Twins: its loss is a sum over 2,048 × 2,048
-# correlations (docs/recipe.md).
+# correlations (docs/experiments.md).
 LEARNING_RATES = {
     "SimCLR": (0.06, 0.2, 0.6),
     "BYOL": (0.06, 0.2, 0.6),

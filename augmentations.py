@@ -82,9 +82,9 @@ class LabelledView(nn.Module):
         crop_uniforms, flip_uniforms, angle_uniforms, brightness_uniforms = split
         side = images.shape[-1]
 
-        # The maps lead from the view back to the image, so they are applied from right
-        # to left: a pixel of the view, flipped, in its box, and that turned about the
-        # image's middle, the origin of the coordinates.
+        # Each map takes a pixel of the view to a place in the image. The rightmost acts
+        # first: flip within the box, box to image, rotation about the image's centre,
+        # which is (0, 0).
         corner, size = crop_box(crop_uniforms, side, CROP_AREA)
         transforms = box_transforms(corner, size, side)
         transforms = flip_half(transforms, flip_uniforms)

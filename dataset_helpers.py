@@ -24,7 +24,7 @@ from runtime.memory import fill_images, place_images
 from runtime.randomness import SPLIT, make_generator
 
 STL10_SIDE = 96  # pixels
-# At most so many of the other unlabelled images are used for validation.
+# Of the unlabelled images that are not trained on, at most this many validate.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
 # If the longer side is more than this many times the shorter one, the ends are cut off

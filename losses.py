@@ -63,8 +63,8 @@ def nce(logits):
     log_rest = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
     log_not_top = log_rest - logits.logsumexp(1, keepdim=True)  # [B, 1]
 
-    # log(1 − h) of every other column, whose h is 1/2 at most. The largest is set to 0
-    # here, or its log1p(−1) = −∞ would make the gradient NaN.
+    # log(1 − h) of every other column, whose h is 1/2 at most. Here h of the largest is
+    # set to 0, or its log1p(−1) = −∞ would make the gradient NaN.
     h = log_h.masked_fill(is_top, -math.inf).exp()
     log_not_h = torch.where(is_top, log_not_top, torch.log1p(-h))
     # Column 0 is the positive, which has no such term.

@@ -158,8 +158,8 @@ class PIRL(nn.Module):
     def batch_statistics(self):
         """Inside, batch norm uses the batch's own statistics, and keeps no record.
 
-        The same in validation. The running statistics are those of whole images, which
-        evaluation feeds the trunk; those of patches are quite different.
+        The same in validation. The running statistics are those of the image views I;
+        statistics of patches are quite different.
         """
         training = self.trunk.training
         for norm in self.norms:

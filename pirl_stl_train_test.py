@@ -357,7 +357,7 @@ class PretrainingTrainer:
         self.model.head_g.load_state_dict(saved["head_g"])
         restore_optimizer(self.optimizer, self.scaler, saved)
         self.bank.load_state_dict(saved["bank"])
-        # The momentum is in new tensors now; what was captured would use the old ones.
+        # The momentum is in new tensors now; a captured step would use the old ones.
         self.captured_update = self.make_captured_update()
 
     # ---- What an epoch needs ---------------------------------------------------------
@@ -407,10 +407,10 @@ class PretrainingTrainer:
         return totals
 
     def load_batch(self, index, uniforms, epoch, step):
-        """The Batch of the images `index` [B] on the host: everything a step is given.
+        """index int64 [B], on the host -> a Batch, on the device.
 
-        Everything that comes from the host is here, and so is the draw of negatives,
-        with a generator of its own for each step.
+        Copies from the host and the draw of negatives are here, because update() may be
+        captured as a CUDA graph, which can contain neither.
         """
         # This rank's share. The last batch of an epoch may have fewer images than there
         # are ranks, but every rank must take part in the exchange of gradients. So a
@@ -486,9 +486,9 @@ class PretrainingTrainer:
 
         # f(φ(I)) of all ranks, in the batch's order.
         counts = [len(share) for share in batch.index.tensor_split(WORLD_SIZE)]
-        all_embeddings = image_embeddings.float()  # [B, 128]
+        all_embeddings = image_embeddings.float()  # [b, 128]
         if WORLD_SIZE > 1:
-            all_embeddings = gather_rows(all_embeddings, counts)
+            all_embeddings = gather_rows(all_embeddings, counts)  # [B, 128]
 
         # Negatives from the bank: the same draw on all ranks. Pretext accuracy counts
         # these alone, whatever --batch-negatives says.

@@ -175,10 +175,10 @@ def main(argv=None):
         keep_begun_epochs(args, experiment, trainer, state)
     print_summary(trainer, test, loop.steps_per_epoch)
 
-    # Train the softmax layer if that has not been done, or if test/ has changed since,
-    # for the test accuracies. Once the full stage has begun, only these are taken: the
-    # layer would be the same. (A run that is stopped within this minute or two starts
-    # it again.)
+    # The probe runs if it has not run yet. It also runs if test/ has changed since, to
+    # measure on the new images; then, once the full stage has begun, only the results
+    # are kept, not the layer, which is the same as before. There is no checkpoint
+    # within the probe: it takes a minute or two.
     if "softmax" not in trainer.results or trainer.test_checksum != test_checksum:
         started = time.monotonic()
         probe = linear_probe(trainer.start_trunk(), data, test, folds, args)
@@ -445,9 +445,9 @@ class FineTuningTrainer:
         """Move the averaged network, with its batch-norm statistics, towards the model.
 
         With a decay of 0.99 from the first step on, the average of a run of a hundred
-        steps would still hold a third of its first weights. So after n steps the decay
-        is n / (n + 9), which averages over about the last n / 9 steps, until these are
-        100.
+        steps would still hold a third of its first weights. So after n earlier steps
+        the decay is n / (n + 9), which averages over about the last n / 9 steps. From
+        n = 891 on it is 0.99, which averages over 100.
         """
         decay = min(AVERAGE_DECAY, self.full_steps / (self.full_steps + 9))
         averages = self.averaged_model.state_dict().values()

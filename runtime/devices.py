@@ -192,10 +192,9 @@ def optimizer_step(loss, optimizer, scaler, max_norm=None):
 def restore_optimizer(optimizer, scaler, saved):
     """Bring back momentum and scale from a checkpoint, a dict that has both.
 
-    The settings (momentum, weight decay, …) stay those of the optimiser as it was made,
-    since load_state_dict() alone would bring the old ones back. So a flag that a
-    resumed run may change takes effect. The current learning rate is a part of the
-    state.
+    load_state_dict() also brings back the settings (momentum, weight decay, …), all but
+    the current learning rate from flags. Those of this run are put back over them. It
+    matters for a flag that a resumed run may change; today's optimiser has none.
     """
     settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])

@@ -59,8 +59,8 @@ class Signals:
             with contextlib.suppress(RuntimeError, OSError):
                 name = signal.Signals(number).name
                 print(
-                    f"\n{name} received: the run will save a checkpoint and stop after "
-                    "the current step, validation or kNN",
+                    f"\n{name} received: the run will stop after the current step or "
+                    "validation; --resume True continues it",
                     flush=True,
                 )
 
@@ -173,8 +173,9 @@ class LoopControl:
         self.state.seconds = self.bar.seconds()
         self.bar.update()
 
-        # After the last step of an epoch, the ranks always ask: a signal must end the
-        # run before validation, which may take longer than a scheduler waits.
+        # After the last step of an epoch, the ranks always ask one another (agree()): a
+        # signal must end the run before validation, which may take longer than a
+        # scheduler waits.
         is_last_step = self.state.step == self.steps_per_epoch
         save_due = self.checkpoint_due(is_last_step)
         signal_number, save_now = self.agree(save_due, now=is_last_step)
@@ -235,8 +236,8 @@ class LoopControl:
         minutes = self.checkpoint_minutes
         if is_last_step:
             if not self.checkpoint_file.exists():
-                # The CSV is about to get a row, which makes the name "taken": then
-                # --resume must find a checkpoint.
+                # The CSV is about to get a row, and then a new run refuses the name
+                # (Experiment.open_checkpoint()). So --resume must find a checkpoint.
                 return True
             minutes = min(minutes, END_OF_EPOCH_MINUTES)
         return time.monotonic() - self.saved_at >= 60 * minutes

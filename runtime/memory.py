@@ -16,7 +16,7 @@ from runtime.errors import UserError
 from runtime.ranks import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
 # Bytes of a card that a step needs in addition: weights and activations, and the second
-# set of activations that a captured step holds.
+# set of activations, in the private memory of a CUDA graph.
 RESERVED_ON_CARD = 3e9
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")

@@ -19,7 +19,7 @@ def derived_seed(*key):
     """A well-mixed seed of 63 bits from whole numbers, such as (seed, VIEWS, epoch).
 
     Zeros at the end of a key do not count: (0, 4) and (0, 4, 0) give the same seed. So
-    all keys of one purpose have the same length.
+    callers must give all keys of one purpose the same length.
     """
     words = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return int(words[0] >> 1)

@@ -206,6 +206,13 @@ def test_modules_of_other_names_are_left_alone():
     assert sys.modules["runpy"] is runpy
     assert sys.modules["models"] is models
 
+    # As where a package is missing that this repository needs.
+    path = list(sys.path)
+    with pytest.raises(ImportError), hubconf.own_modules():
+        raise ImportError
+    assert sys.modules["models"] is models
+    assert sys.path == path
+
 
 # ---- What the documents say ----------------------------------------------------------
 def docstring_code(beginning):
@@ -223,10 +230,11 @@ def docstring_code(beginning):
 
 
 def readme_code():
-    """The README's lines, as a reader has completed them."""
+    """The README's lines, which need nothing before them."""
     readme = (ROOT / "README.md").read_text()
-    snippet = re.search(r"## Use the trunk\n\n((?:    .*\n)+)", readme)[1]
-    return "".join(line[4:] for line in snippet.splitlines(keepends=True))
+    snippet = re.search(r"## Use the trunk\n\n((?:    .*\n|\n)+)", readme)[1]
+    lines = [line.removeprefix("    ") for line in snippet.splitlines()]
+    return "\n".join(lines).replace('"."', repr(str(ROOT)))
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
@@ -247,13 +255,15 @@ def test_the_documents_lines_give_the_features_of_the_trunk(
     assert features.shape == (1, 512)
 
     snippets = {
-        "README": readme_code().replace('"."', repr(str(ROOT))),
+        "README": readme_code(),
         "short": docstring_code("trunk, prepare").replace('"."', repr(str(ROOT))),
         "long": docstring_code("saved = "),
     }
     for name, code in snippets.items():
-        names = {"torch": torch, "torchvision": torchvision, "v2": v2}
-        names.update(Image=Image, ImageOps=ImageOps)
+        names = {}
+        if name != "README":
+            names = {"torch": torch, "torchvision": torchvision, "v2": v2}
+            names.update(Image=Image, ImageOps=ImageOps)
         exec(code, names)
         torch.testing.assert_close(names["features"], features, msg=name)
 
@@ -263,13 +273,8 @@ def test_from_a_program_elsewhere(tmp_path):
     """Nothing of this repository is on its path, and its folder is another one."""
     expected = write_weights(tmp_path / "weights/exp.pt")
     write_image(tmp_path / "cat.jpg", 3)
-    code = (
-        "import torch\n"
-        "from PIL import Image\n"
-        f"{readme_code()}\n"
-        "torch.save(features, 'features.pth')\n"
-    )
-    command = [sys.executable, "-c", code.replace('"."', repr(str(ROOT)))]
+    code = f"{readme_code()}\ntorch.save(features, 'features.pth')\n"
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -200,7 +200,7 @@ class Extracted:
         self.features = RowsOnDisk(scratch / "features")
         self.probabilities = RowsOnDisk(scratch / "probabilities")
         self.predicted = []  # the most probable class of each image, an int,
-        self.confidence = []  # and its probability
+        self.confidence = []  # and its probability, float32
 
 
 def extract(network, folder, names, scratch):
@@ -230,7 +230,7 @@ def extract(network, folder, names, scratch):
                 best = probabilities.max(1)
                 extracted.probabilities.append(probabilities)
                 extracted.predicted += best.indices.tolist()
-                extracted.confidence += best.values.tolist()
+                extracted.confidence += list(best.values.cpu().numpy())
     return extracted
 
 

@@ -227,7 +227,7 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, capsys, guard, number)
         os.kill(os.getpid(), number)  # impatience
         lines = capsys.readouterr().out.strip().splitlines()
         assert len(lines) == 1
-        assert lines[0].startswith(f"{number.name} received: the run will save")
+        assert lines[0].startswith(f"{number.name} received: the run will stop")
         assert not control.checkpoint_file.exists()
         with pytest.raises(SystemExit) as end:
             control.after_step(torch.zeros(2))

@@ -36,76 +36,6 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
     return trunk, dimension
 
 
-def speed_up_small_maps(trunk):
-    """Let a trunk's convolutions compute maps of 1 × 1 and 2 × 2 as linear layers.
-
-    For training on CPUs; the parameters and the state dict stay as they are. Returns
-    the trunk.
-    """
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            shape = (module.kernel_size, module.padding)
-            if shape in (((1, 1), (0, 0)), ((3, 3), (1, 1))):
-                SmallMapConv2d.adopt(module)
-    return trunk
-
-
-class SmallMapConv2d(nn.Conv2d):
-    """A convolution that, on CPUs, computes maps of 1 × 1 and 2 × 2 as a linear layer.
-
-    Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution
-    multiplies mostly zeros. Here only the weights that meet a pixel of the map count:
-    the same function, up to 9 times less work. For kernels of 3 × 3 with padding 1 and
-    of 1 × 1 without, and without a bias. On GPUs it is torch's own convolution: GPUs
-    are bound by launch overhead there, and this launches more kernels.
-    """
-
-    @staticmethod
-    def adopt(convolution):
-        """Give an nn.Conv2d this forward."""
-        convolution.__class__ = SmallMapConv2d
-        if convolution.kernel_size == (1, 1):
-            return
-
-        # Which of the nine weights of a 3 × 3 kernel ("taps", numbered 0 to 8 by rows)
-        # an output multiplies with which pixel of a 2 × 2 map. The kernel's middle, tap
-        # 4, lies on the output's own place (a, b), so the pixel (row, column) meets the
-        # tap that is row − a rows and column − b columns from the middle. For example,
-        # the output at (0, 0) meets the four pixels through the taps 4, 5, 7 and 8.
-        taps = []
-        outputs = range(0, 2, convolution.stride[0])
-        for a in outputs:
-            for b in outputs:
-                for row in (0, 1):
-                    for column in (0, 1):
-                        taps.append(4 + 3 * (row - a) + (column - b))
-        convolution.register_buffer("taps", torch.tensor(taps), persistent=False)
-
-    def forward(self, x):  # [B, in, S, S] -> [B, out, S', S'], S' = ⌈S / stride⌉
-        height, width = x.shape[2:]
-        if x.is_cuda or width > 2 or height != width:
-            return super().forward(x)
-
-        # In the order in which both lie in memory: channels last.
-        pixels = x.permute(0, 2, 3, 1)
-        weight = self.weight.permute(0, 2, 3, 1)
-        stride = self.stride[0]
-
-        kernel = self.kernel_size[0]
-        if kernel == 1 or width == 1:
-            # Only the middle tap touches the map.
-            middle = weight[:, kernel // 2, kernel // 2]
-            y = F.linear(pixels[:, ::stride, ::stride], middle)
-            return y.permute(0, 3, 1, 2)
-
-        # A row per output (channel, a, b), a column per input (row, column, channel).
-        matrix = weight.flatten(1, 2).index_select(1, self.taps)  # [out, S'·S'·4, in]
-        matrix = matrix.view(-1, 4 * self.in_channels)  # [out·S'·S', 4·in]
-        y = F.linear(pixels.flatten(1), matrix)  # [B, out·S'·S']
-        y = y.view(len(x), self.out_channels, 2 // stride, 2 // stride)
-        return y.contiguous(memory_format=torch.channels_last)
-
-
 # ---- PIRL ----------------------------------------------------------------------------
 def linear_head(in_features, non_linear):
     """The linear layer that ends a head; non_linear: a ReLU and another one follow."""
@@ -199,3 +129,74 @@ def load_network(path, weights):
         modules["softmax_layer"] = softmax_layer
     load_weights(modules, weights, path)
     return trunk, softmax_layer
+
+
+# ---- Faster training on CPUs ---------------------------------------------------------
+def speed_up_small_maps(trunk):
+    """Let a trunk's convolutions compute maps of 1 × 1 and 2 × 2 as linear layers.
+
+    For training on CPUs; the parameters and the state dict stay as they are. Returns
+    the trunk.
+    """
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            shape = (module.kernel_size, module.padding)
+            if shape in (((1, 1), (0, 0)), ((3, 3), (1, 1))):
+                SmallMapConv2d.adopt(module)
+    return trunk
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution that, on CPUs, computes maps of 1 × 1 and 2 × 2 as a linear layer.
+
+    Patches of 30 pixels are such maps in layer3 and layer4, where a padded convolution
+    multiplies mostly zeros. Here only the weights that meet a pixel of the map count:
+    the same function, up to 9 times less work. For kernels of 3 × 3 with padding 1 and
+    of 1 × 1 without, and without a bias. On GPUs it is torch's own convolution: GPUs
+    are bound by launch overhead there, and this launches more kernels.
+    """
+
+    @staticmethod
+    def adopt(convolution):
+        """Give an nn.Conv2d this forward."""
+        convolution.__class__ = SmallMapConv2d
+        if convolution.kernel_size == (1, 1):
+            return
+
+        # Which of the nine weights of a 3 × 3 kernel ("taps", numbered 0 to 8 by rows)
+        # an output multiplies with which pixel of a 2 × 2 map. The kernel's middle, tap
+        # 4, lies on the output's own place (a, b), so the pixel (row, column) meets the
+        # tap that is row − a rows and column − b columns from the middle. For example,
+        # the output at (0, 0) meets the four pixels through the taps 4, 5, 7 and 8.
+        taps = []
+        outputs = range(0, 2, convolution.stride[0])
+        for a in outputs:
+            for b in outputs:
+                for row in (0, 1):
+                    for column in (0, 1):
+                        taps.append(4 + 3 * (row - a) + (column - b))
+        convolution.register_buffer("taps", torch.tensor(taps), persistent=False)
+
+    def forward(self, x):  # [B, in, S, S] -> [B, out, S', S'], S' = ⌈S / stride⌉
+        height, width = x.shape[2:]
+        if x.is_cuda or width > 2 or height != width:
+            return super().forward(x)
+
+        # In the order in which both lie in memory: channels last.
+        pixels = x.permute(0, 2, 3, 1)
+        weight = self.weight.permute(0, 2, 3, 1)
+        stride = self.stride[0]
+
+        kernel = self.kernel_size[0]
+        if kernel == 1 or width == 1:
+            # Only the middle tap touches the map.
+            middle = weight[:, kernel // 2, kernel // 2]
+            y = F.linear(pixels[:, ::stride, ::stride], middle)
+            return y.permute(0, 3, 1, 2)
+
+        # A row per output (channel, a, b), a column per input (row, column, channel).
+        matrix = weight.flatten(1, 2).index_select(1, self.taps)  # [out, S'·S'·4, in]
+        matrix = matrix.view(-1, 4 * self.in_channels)  # [out·S'·S', 4·in]
+        y = F.linear(pixels.flatten(1), matrix)  # [B, out·S'·S']
+        y = y.view(len(x), self.out_channels, 2 // stride, 2 // stride)
+        return y.contiguous(memory_format=torch.channels_last)

@@ -705,6 +705,12 @@ def print_summary(trainer, state):
     )
     print(f"  {trainer.steps_per_epoch} steps of {args.batch_size} per epoch, {epochs}")
     print(f"  {negatives}, loss {args.loss}, --positive {args.positive}", flush=True)
+    if args.cuda_graph and trainer.captured_update is None:
+        print(
+            "note: --cuda-graph True has no effect here: it needs one GPU, without "
+            "--compile",
+            flush=True,
+        )
     if args.epochs > args.tmax_for_cos_decay:
         last = args.tmax_for_cos_decay
         print(

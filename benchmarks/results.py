@@ -37,7 +37,8 @@ STAGES = {
 # The columns of the training record that are drawn.
 CURVES = {
     "train_loss": "training loss",
-    "knn_acc": "kNN accuracy, labelled training images",
+    "train_acc": "pretext accuracy",
+    "knn_acc": "kNN accuracy, validation images",
 }
 
 
@@ -249,7 +250,7 @@ def import_figure():
 
 def draw_curves(pretrained, path):
     """A panel for each of CURVES, in it a line for each seed."""
-    figure = import_figure()(figsize=(11, 3.5), layout="constrained")
+    figure = import_figure()(figsize=(11, 3), layout="constrained")
     panels = figure.subplots(1, len(CURVES))
     for panel, (column, title) in zip(panels, CURVES.items(), strict=True):
         for seed, run in enumerate(pretrained):

@@ -29,7 +29,7 @@ LABELLED_BRIGHTNESS = (0.6, 1.4)
 COLOUR_STRENGTH = 0.5  # the default: half of the ranges below
 COLOUR_RANGE = 0.4  # brightness, contrast and saturation are in 1 ± this, at strength 1
 HUE_RANGE = 0.1  # of a full turn, either way, at strength 1
-JITTER_PROBABILITY = 0.8  # other images keep their colours
+JITTER_PROBABILITY = 0.8  # of brightness, contrast, saturation and hue together
 GRAY_PROBABILITY = 0.2
 
 # Luma, and the two axes of the colour plane in which the hue is an angle.

@@ -24,7 +24,8 @@ from runtime.memory import fill_images, place_images
 from runtime.randomness import SPLIT, make_generator
 
 STL10_SIDE = 96  # pixels
-# Of the unlabelled images that are not trained on, at most this many validate.
+# Of the unlabelled images that are not trained on, at most this many are used for
+# validation.
 VALIDATION_IMAGES = 4096
 VALIDATION_SHARE = 0.16  # of the labelled images: 800 of 5,000
 # If the longer side is more than this many times the shorter one, the ends are cut off
@@ -247,7 +248,7 @@ def decode(files, images, bar):
         try:
             images[row] = read_image(files[row], side)
         except Exception as error:
-            # Pillow raises a dozen kinds of error for bytes that are no image.
+            # Pillow raises a dozen kinds of error for bytes that are not an image.
             problems[row] = reading_problem(error)
 
     # Pillow warns of odd metadata, which does not matter here.
@@ -327,8 +328,9 @@ def load_unlabelled(args, device, bytes_beside):
     """The unlabelled images that a run uses: those to train on, then those to validate.
 
     Training images are a random 70 %, or all with --only-train; at most 4,096 of the
-    others validate. bytes_beside: see place_images(). Returns (images uint8 [N, 3, S,
-    S] on `device` or on the host, the number of training images, fingerprint).
+    others are for validation. bytes_beside: see place_images(). Returns (images uint8
+    [N, 3, S, S] on `device` or on the host, the number of training images,
+    fingerprint).
     """
     folder = unlabelled_folder(args.data_dir)
     files = list_images(folder)
@@ -539,9 +541,9 @@ def class_names(data_dir, folders):
 def stratified_split(labels, seed, folder, names):
     """(train, validation) indices, int64, of labels [N] int64.
 
-    Of every class, 84 % train and 16 % validate, 4,200 and 800 of 5,000; of a class
-    with two images or more, at least one validates. folder and names, those of the
-    classes, are for messages.
+    Of every class, 84 % are for training and 16 % for validation, 4,200 and 800 of
+    5,000; of a class with two images or more, at least one is for validation. folder
+    and names, those of the classes, are for messages.
     """
     generator = make_generator("cpu", seed, SPLIT)
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
@@ -562,8 +564,8 @@ def stratified_split(labels, seed, folder, names):
         )
     if without:
         print(
-            f"note: {list_names(without)} in {folder} has one image only: it trains, "
-            "and validation says nothing of that class"
+            f"note: {list_names(without)} in {folder} has one image only: it is used "
+            "for training, and validation says nothing about that class"
         )
     train = (~validates).nonzero().flatten()
     validation = validates.nonzero().flatten()

@@ -19,7 +19,8 @@ EVALUATION_BATCH = 128  # images at a time, at most, where nothing is trained
 # How many training images the exported batch-norm statistics are computed on, at most.
 STATISTICS_IMAGES = 4096
 
-# The kNN classifier of Wu et al. (arXiv:1805.01978, section 3.4), their temperature.
+# The kNN classifier of Wu et al. (arXiv:1805.01978, section 3.4), with their
+# temperature.
 NEIGHBOURS = 20
 KNN_TEMPERATURE = 0.07
 

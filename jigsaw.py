@@ -46,9 +46,9 @@ class Jigsaw(nn.Module):
         offset_uniforms = offset_uniforms.unflatten(1, (CELLS, 2))
         _, places = patch_places(offset_uniforms, order_uniforms, side)  # [B, 9, 2]
 
-        # Cropping, resizing and cutting are three boxes inside one another, so their
-        # product is a box of the image. The patches are sampled from there directly:
-        # one interpolation instead of two, and no crop in memory.
+        # A patch of the resized crop is a box of the crop, and so a box of the image.
+        # The patches are sampled from there directly: one interpolation instead of two,
+        # and no crop in memory.
         crop_corner, crop_size = crop_box(crop_uniforms, side, PRETEXT_CROP_AREA)
         scale = crop_size[:, None] / side  # pixels of the image per pixel of the crop
         corners = crop_corner[:, None] + places * scale  # [B, 9, 2]
@@ -91,8 +91,8 @@ def patch_places(offset_uniforms, order_uniforms, side):
     """Where the nine patches lie in the resized crop, in the order of presentation.
 
     offset_uniforms [B, 9, 2], order_uniforms [B, 9]. Returns the permutation [B, 9]
-    int64, which is the cell shown at each place, uniform over the 9! orders (for
-    tests), and the patches' corners [B, 9, 2], vertical and horizontal, in pixels.
+    int64, the cell that is shown at each place, uniform over the 9! orders (only tests
+    need it), and the patches' corners [B, 9, 2], vertical and horizontal, in pixels.
     """
     cell, patch = patch_sizes(side)
     permutation = order_uniforms.argsort(1)

@@ -27,7 +27,7 @@ class Probe(NamedTuple):
     # (validation, test accuracy) of "softmax" and "knn"; of "folds", a list of them. An
     # accuracy is None where there are no such images.
     results: dict
-    history: list  # the metrics of the epochs
+    history: list  # the metrics of each epoch
 
 
 def linear_probe(trunk, data, test, folds, args):
@@ -72,12 +72,12 @@ def linear_probe(trunk, data, test, folds, args):
 
 
 def fit_softmax_layer(features, labels, train, validation, args):
-    """Logistic regression by SGD from zero, up to the best epoch of validation.
+    """Logistic regression by SGD from zero; the epoch best on validation is kept.
 
     features [V, N, d]: V views of all images, of which each epoch takes one per image.
     train and validation index N; validation uses view 0. Returns (a Linear for
-    features that are not standardised, its validation accuracy, the metrics of the
-    epochs).
+    features that are not standardised, its validation accuracy, the metrics of each
+    epoch).
     """
     # Standardised features, so that one --lr suits any trunk.
     train_features = features[:, train].flatten(0, 1)  # [V·n, d]

@@ -51,9 +51,9 @@ def nce(logits):
     h(u, w) is the softmax probability of column 0, the positive; h(w, m_k) that of the
     negative m_k's column. logits [B, 1 + C] -> [B].
 
-    Simply written, this is −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1). But where
-    a column's h is nearly 1, rounding loses its 1 − h. Only the largest of a row can be
-    that near, so its 1 − h is computed in another way.
+    Simply written, this is −log_h[:, 0] − log(1 − exp(log_h[:, 1:])).sum(1). But 1 − h
+    loses its digits where h is nearly 1. In each row, only the largest h can be above
+    1/2, so log(1 − h) of that column is computed from the other columns instead.
     """
     log_h = F.log_softmax(logits, dim=1)
     columns = torch.arange(logits.shape[1], device=logits.device)
@@ -63,8 +63,8 @@ def nce(logits):
     log_rest = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
     log_not_top = log_rest - logits.logsumexp(1, keepdim=True)  # [B, 1]
 
-    # log(1 − h) of every other column, whose h is 1/2 at most. Here h of the largest is
-    # set to 0, or its log1p(−1) = −∞ would make the gradient NaN.
+    # log(1 − h) of every other column, whose h is 1/2 at most. The largest h is set to
+    # 0 here: its log1p(−1) = −∞ would make the gradient NaN.
     h = log_h.masked_fill(is_top, -math.inf).exp()
     log_not_h = torch.where(is_top, log_not_top, torch.log1p(-h))
     # Column 0 is the positive, which has no such term.

@@ -26,8 +26,8 @@ class MemoryBank(nn.Module):
     def draw(self, count, generator):
         """The rows of a batch's negatives, int64 [count + 1], none of them twice.
 
-        They are uniform over the training images. There is one more than each image
-        has in the end, since each leaves one out: see negatives().
+        They are uniform over the training images. There is one more than --count-
+        negatives, since each image leaves one out: see negatives().
         """
         order = torch.randperm(
             self.train_count, generator=generator, device=self.vectors.device
@@ -47,7 +47,7 @@ class MemoryBank(nn.Module):
         """
         mask = drawn == index[:, None]  # [B, K + 1]
         own_row_drawn = mask.any(1)
-        mask[:, -1] |= ~own_row_drawn
+        mask[:, -1] |= ~own_row_drawn  # images whose row was not drawn drop the last
         return self.vectors[drawn], mask
 
     @torch.no_grad()

@@ -86,10 +86,10 @@ class PIRL(nn.Module):
 
     @contextlib.contextmanager
     def batch_statistics(self):
-        """Inside, batch norm uses the batch's own statistics, and keeps no record.
+        """Inside, batch norm uses the batch's own statistics, and records nothing.
 
-        The same in validation. The running statistics are those of the image views I;
-        statistics of patches are quite different.
+        The running statistics describe image views; those of patches are quite
+        different. So the patches neither use nor change them, in validation either.
         """
         training = self.trunk.training
         for norm in self.norms:
@@ -158,7 +158,10 @@ class SmallMapConv2d(nn.Conv2d):
 
     @staticmethod
     def adopt(convolution):
-        """Give an nn.Conv2d this forward."""
+        """Turn an nn.Conv2d into a SmallMapConv2d, in place.
+
+        A new module would lose the weights' initialisation and its place in the trunk.
+        """
         convolution.__class__ = SmallMapConv2d
         if convolution.kernel_size == (1, 1):
             return

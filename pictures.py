@@ -123,7 +123,7 @@ def mosaics(inputs, count, gap):
     """
     columns = math.ceil(math.sqrt(count))
     inputs = inputs.unflatten(0, (-1, count))  # [B, count, 3, P, P]
-    # White ones fill it up: a picture that is no square would be stretched later.
+    # Fill it up with white ones: a picture that is not square would be stretched later.
     missing = columns**2 - count
     inputs = pad(inputs, (0, 0, 0, 0, 0, 0, 0, missing), value=1)  # of dimension 1
     pictures = [

@@ -42,6 +42,7 @@ from runtime.devices import (
 )
 from runtime.errors import UserError
 from runtime.experiment import CHANGEABLE, Experiment, TrainingState, shared_settings
+from runtime.files import weights_checksum
 from runtime.loop import LoopControl
 from runtime.randomness import (
     BANK,
@@ -57,10 +58,10 @@ from runtime.script import run_script
 from runtime.weights import load_weights, read_weights
 
 DEFAULT_NEGATIVES = 6400
-# The gradient's norm is above 10 at first. Clipped, the first steps have about the same
-# length with --loss nce as with modified-nce.
+# The first gradients have norms above 10, with --loss nce even more. Clipping makes the
+# first steps of both losses about equally long.
 MAX_GRADIENT_NORM = 2.0
-# What a resumed run may change, in addition to what both scripts allow.
+# What a resumed run may change, besides the settings that both scripts allow.
 CHANGEABLE_HERE = {
     "epochs",
     "knn_every",
@@ -187,7 +188,8 @@ def main(argv=None):
         keep_begun_epochs(args, state)
     elif args.warm_start:
         warm_start(trainer, state, experiment)
-    compare_ranks({}, fingerprint, state.epoch, state.step)
+    checksum = weights_checksum(trainer.model)
+    compare_ranks({}, fingerprint, state.epoch, state.step, checksum)
 
     def save():
         experiment.save_checkpoint(args, fingerprint, trainer, state)
@@ -228,7 +230,8 @@ def main(argv=None):
             loop.begin_epoch()
             for index in batches[state.step :]:
                 totals = trainer.train_step(index, uniforms, epoch, state.step)
-                # Saves a checkpoint if one is due; on a signal, the process ends here.
+                # Adds 1 to state.step, and saves a checkpoint if one is due; on a
+                # signal, the process ends here.
                 loop.after_step(totals)
             train_loss, train_accuracy = loop.end_epoch()
 
@@ -357,7 +360,8 @@ class PretrainingTrainer:
         self.model.head_g.load_state_dict(saved["head_g"])
         restore_optimizer(self.optimizer, self.scaler, saved)
         self.bank.load_state_dict(saved["bank"])
-        # The momentum is in new tensors now; a captured step would use the old ones.
+        # The momentum is in new tensors now. A step that was captured before would use
+        # the old ones.
         self.captured_update = self.make_captured_update()
 
     # ---- What an epoch needs ---------------------------------------------------------
@@ -392,9 +396,9 @@ class PretrainingTrainer:
         self.model.train()
         batch = self.load_batch(index, uniforms, epoch, step)
         lr = learning_rate(self.args, epoch, step, self.steps_per_epoch)
-        # update() needs it as a tensor in float32, which the fused optimiser reads from
-        # the device's memory: a captured step would go on using the number that it was
-        # captured with.
+        # update() gets it as a tensor, which the fused optimiser reads from the memory
+        # of the device. In a captured step, a number would stay what it was when the
+        # step was captured.
         lr_tensor = torch.full((), lr, dtype=torch.float32, device=self.device)
 
         if self.captured_update and len(index) == self.args.batch_size:
@@ -402,15 +406,15 @@ class PretrainingTrainer:
         else:
             totals = self.update(lr_tensor, *batch)
 
-        # update() has put the tensor there; checkpoints and the CSV need a number.
+        # update() left the tensor there; checkpoints and the CSV need a number.
         self.optimizer.param_groups[0]["lr"] = lr
         return totals
 
     def load_batch(self, index, uniforms, epoch, step):
         """index int64 [B], on the host -> a Batch, on the device.
 
-        Copies from the host and the draw of negatives are here, because update() may be
-        captured as a CUDA graph, which can contain neither.
+        Copies from the host and the draw of negatives are here, outside update(): if
+        that is captured as a CUDA graph, it would repeat the same copies and draw.
         """
         # This rank's share. The last batch of an epoch may have fewer images than there
         # are ranks, but every rank must take part in the exchange of gradients. So a
@@ -444,20 +448,22 @@ class PretrainingTrainer:
         )
 
     def update(self, lr, *batch):
-        """A step with the learning rate lr, a tensor [], on the tensors of a Batch.
+        """Forward, backward, the optimiser's step and the bank's update.
 
-        On a GPU it may be captured: its kernels are then launched again and again
+        lr: the learning rate, a tensor []. batch: the tensors of a Batch, as a flat
+        list, which CapturedFunction can copy.
+
+        On a GPU this may be captured: its kernels are then launched again and again
         without this code. So everything that differs between two steps is a tensor
-        among its arguments (a flat list, which CapturedFunction copies), and what it
-        changes, it changes in place.
+        among the arguments, and what is changed is changed in place.
         """
         batch = Batch(*batch)
-        image_embeddings, loss, totals = self.forward_batch(batch)
+        all_embeddings, loss, totals = self.forward_batch(batch)
 
         self.optimizer.param_groups[0]["lr"] = lr
         optimizer_step(loss, self.optimizer, self.scaler, MAX_GRADIENT_NORM)
 
-        self.bank.update(batch.index, image_embeddings)
+        self.bank.update(batch.index, all_embeddings)
         return totals
 
     def forward_batch(self, batch):
@@ -496,7 +502,8 @@ class PretrainingTrainer:
         memory = self.bank.vectors[batch.share]
         correct = pretext_correct(pretext_embeddings, memory, negatives, mask)
 
-        # For the loss, also the new embeddings of the batch; gradients flow into them.
+        # The loss also has the new embeddings of the batch as negatives; gradients flow
+        # into them.
         if args.batch_negatives:
             batch_vectors = F.normalize(all_embeddings, dim=1)
             is_own = batch.share[:, None] == batch.index  # [b, B]
@@ -507,7 +514,8 @@ class PretrainingTrainer:
             image_embeddings, pretext_embeddings, memory, negatives, mask, args
         )
         if counts[RANK] == 0:
-            # Times 0 rather than left out, so that there are gradients to exchange.
+            # A rank without a share has computed another rank's image (load_batch()).
+            # Its loss is multiplied by 0, so that there are gradients to exchange.
             losses = losses * 0
             correct = torch.zeros_like(correct)
 
@@ -574,12 +582,12 @@ def validate(trainer, uniforms, epoch):
     totals = torch.zeros(2, dtype=torch.float64, device=trainer.device)
     with progress_bar(count, f"validation of epoch {epoch}", " images") as bar:
         for number, rows in enumerate(index.split(trainer.args.batch_size)):
-            # A step's negatives are a function of its number. Training has used the
-            # numbers below steps_per_epoch, so validation counts on from there.
+            # The seed of a draw of negatives contains the number of the step. Training
+            # uses the numbers below steps_per_epoch, validation those from there on.
             step = trainer.steps_per_epoch + number
             batch = trainer.load_batch(rows, uniforms, epoch, step)
-            image_embeddings, _, batch_totals = trainer.forward_batch(batch)
-            trainer.bank.update(batch.index, image_embeddings)
+            all_embeddings, _, batch_totals = trainer.forward_batch(batch)
+            trainer.bank.update(batch.index, all_embeddings)
             totals += batch_totals
             bar.update(len(rows))
     loss, accuracy = (totals / count).tolist()
@@ -607,7 +615,7 @@ def resolve_defaults(args, device):
 
 
 def bytes_beside_pixels(args):
-    """Bytes per image that the device needs in addition to its pixels.
+    """Bytes per image that the device needs besides its pixels.
 
     A row of the memory bank in float32, and the random numbers of its views for two
     epochs, of which one is drawn while the other is still there.
@@ -684,7 +692,7 @@ def warm_start(trainer, state, experiment):
 
 
 def print_summary(trainer, state):
-    """Say what is about to be done."""
+    """Print the settings of the run."""
     args = trainer.args
     where = f"{trainer.device.type}, {args.precision}, seed {args.seed}"
     if WORLD_SIZE > 1:

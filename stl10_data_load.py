@@ -332,7 +332,7 @@ def missing_images(raw, data_dir, split):
                 pixels = np.asarray(image.convert("RGB"))
         except Exception:
             # It does not exist, or a crash has cut it short: Pillow raises a dozen
-            # kinds of errors for bytes that are no image.
+            # kinds of errors for bytes that are not an image.
             return True
         if not np.array_equal(pixels, images[index]):
             raise UserError(

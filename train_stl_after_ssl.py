@@ -135,7 +135,8 @@ def main(argv=None):
     device = choose_device(args)
     args.precision = choose_precision(args, device)
 
-    # The trunk to start from, which a checkpoint has; the images; and the trainer.
+    # The trunk to start from (a resumed run has it in its checkpoint), the images, and
+    # the trainer.
     path = None
     weights = {}
     if args.pirl_model_name and not checkpoint:
@@ -175,10 +176,10 @@ def main(argv=None):
         keep_begun_epochs(args, experiment, trainer, state)
     print_summary(trainer, test, loop.steps_per_epoch)
 
-    # The probe runs if it has not run yet. It also runs if test/ has changed since, to
-    # measure on the new images; then, once the full stage has begun, only the results
-    # are kept, not the layer, which is the same as before. There is no checkpoint
-    # within the probe: it takes a minute or two.
+    # The linear probe runs once. A resumed run repeats it only if the images of test/
+    # have changed, to measure on the new ones. If the full stage has begun by then, it
+    # has already trained the probe's layer further, so only the results are taken. The
+    # probe takes a minute or two and has no checkpoints of its own.
     if "softmax" not in trainer.results or trainer.test_checksum != test_checksum:
         started = time.monotonic()
         probe = linear_probe(trainer.start_trunk(), data, test, folds, args)
@@ -201,7 +202,8 @@ def main(argv=None):
             loop.begin_epoch()
             for index in batches[state.step :]:
                 totals = trainer.train_step(index, uniforms)
-                # Saves a checkpoint if one is due; on a signal, the process ends here.
+                # Adds 1 to state.step, and saves a checkpoint if one is due; on a
+                # signal, the process ends here.
                 loop.after_step(totals)
             train_loss, train_accuracy = loop.end_epoch()
 
@@ -322,16 +324,15 @@ class FineTuningTrainer:
         self.model = models.as_classifier(trunk, softmax_layer)
         self.model.to(device, memory_format=torch.channels_last)
 
-        # A random trunk has no batch-norm statistics, and a checkpoint of pretraining
-        # has those of augmented images. Finished models and other projects' files keep
-        # theirs, and so does a resumed run.
+        # Measure batch-norm statistics for a random trunk, which has none, and for a
+        # checkpoint of pretraining, which has those of augmented images. Finished
+        # models, other projects' files and a resumed run keep theirs.
         is_random = not weights and not checkpoint
         if is_random or weights.get("from_checkpoint"):
             self.model.trunk = evaluation.with_plain_bn_statistics(
                 self.model.trunk, data.images[data.train], args.batch_size
             )
-        # Where the run starts: the softmax stage uses it, and the full stage starts
-        # from it.
+        # The softmax stage uses these weights, and the full stage starts from them.
         self.start_weights = cpu_state_dict(self.model.trunk)
 
         self.view = augmentations.LabelledView().to(device)
@@ -445,9 +446,9 @@ class FineTuningTrainer:
         """Move the averaged network, with its batch-norm statistics, towards the model.
 
         With a decay of 0.99 from the first step on, the average of a run of a hundred
-        steps would still hold a third of its first weights. So after n earlier steps
-        the decay is n / (n + 9), which averages over about the last n / 9 steps. From
-        n = 891 on it is 0.99, which averages over 100.
+        steps would still hold a third of its first weights. So the decay after n steps
+        is n / (n + 9), which averages over about (n + 9) / 9 steps: 2 after nine steps,
+        12 after a hundred, 100 from step 891 on, where the decay reaches 0.99.
         """
         decay = min(AVERAGE_DECAY, self.full_steps / (self.full_steps + 9))
         averages = self.averaged_model.state_dict().values()
@@ -531,7 +532,7 @@ def keep_begun_epochs(args, experiment, trainer, state):
 
 
 def print_summary(trainer, test, steps):
-    """Say what is about to be done."""
+    """Print the settings of the run."""
     args = trainer.args
     data = trainer.data
     side = args.image_size

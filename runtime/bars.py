@@ -18,7 +18,7 @@ class PlainLines(io.TextIOBase):
 
 
 def progress_bar(total, description, unit, done=0, **options):
-    """A tqdm bar on a terminal, elsewhere a plain line a minute; of rank 0 alone."""
+    """A tqdm bar on a terminal, elsewhere a plain line a minute; on rank 0 only."""
     if not sys.stderr.isatty():
         options["file"] = PlainLines()
         options["mininterval"] = 60

@@ -13,10 +13,10 @@ EAGER_CALLS = 3
 class CapturedFunction:
     """function(*tensors) -> tensor; from the fourth call on, one launch.
 
-    A capture records the kernels with their addresses and their numbers, and Python
-    does not run again. So everything that differs between two calls is in the
-    arguments, tensors of the same shapes each time, and what the function keeps, it
-    changes in place.
+    A capture records the kernels with the addresses and numbers that they use; after
+    it, the function's Python code does not run again. So everything that differs
+    between two calls must be in the arguments, tensors of the same shapes each time,
+    and what the function keeps must be changed in place.
     """
 
     def __init__(self, function):

@@ -192,9 +192,10 @@ def optimizer_step(loss, optimizer, scaler, max_norm=None):
 def restore_optimizer(optimizer, scaler, saved):
     """Bring back momentum and scale from a checkpoint, a dict that has both.
 
-    load_state_dict() also brings back the settings (momentum, weight decay, …), all but
-    the current learning rate from flags. Those of this run are put back over them. It
-    matters for a flag that a resumed run may change; today's optimiser has none.
+    load_state_dict() would also restore the hyperparameters (momentum, weight decay,
+    …). Those come from this run's flags, so they are put back. Only the learning rate
+    is kept from the checkpoint: a run that was stopped after the last step of an epoch
+    still has to log it.
     """
     settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])

@@ -91,7 +91,7 @@ FROM_COMMAND_LINE = {
     "resume",
 }
 # Those of FROM_COMMAND_LINE in which the ranks of a run must not differ. Ranks that
-# place their images differently would wait for one another for ever.
+# place their images differently would wait for one another forever.
 SAME_ON_ALL_RANKS = {"images_on", "experiment_name", "resume"}
 # A resumed run has its weights already: what the file is called now does not matter.
 FROM_CHECKPOINT = {"pirl_model_name"}
@@ -129,7 +129,7 @@ class Experiment:
         self.history_file = self.observation("observations.csv")  # a row per epoch
         self.locks = []  # kept here: a lock that nobody refers to is released
         if RANK == 0:
-            # Another run of this name may have only one of the folders in common.
+            # Both are locked: another run of this name may use only one of them.
             folders = (args.weights_dir, args.observations_dir)
             for folder in {os.path.realpath(folder) for folder in folders}:
                 self.lock(Path(folder))

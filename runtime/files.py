@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def read_torch_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):
-        # The content is not to blame for these: run_script() words them.
+        # The content is not to blame for these: run_script() prints them.
         raise
     except Exception as error:
         # torch refuses a class as an unsupported global, and another pickle protocol as
@@ -113,3 +114,11 @@ def explain_mismatch(path, advice):
 def cpu_state_dict(module):
     """A copy of a module's state dict on the CPU, which loads on any machine."""
     return {name: value.cpu().clone() for name, value in module.state_dict().items()}
+
+
+def weights_checksum(module):
+    """The CRC-32 of a module's state dict: another number if a weight differs."""
+    checksum = 0
+    for value in cpu_state_dict(module).values():
+        checksum = zlib.crc32(value.contiguous().numpy(), checksum)
+    return checksum

@@ -245,10 +245,10 @@ class LoopControl:
     def agree(self, save_due, now):
         """(number of a signal or 0, whether to save a checkpoint): all ranks' decision.
 
-        With several ranks, a signal to any of them counts, but only rank 0's
-        `save_due`. Asking makes the hosts wait for each other. So ranks on GPUs ask
-        every 16 steps, and when `now` is true; in between, a signal or a checkpoint
-        that is due waits for the next sync.
+        All ranks must call this at the same steps. A signal to any of them counts, but
+        only rank 0's `save_due`. Asking makes the hosts wait for each other. So ranks
+        on GPUs ask every 16 steps, and when `now` is true; in between, a signal or a
+        checkpoint that is due waits for the next sync.
         """
         if WORLD_SIZE == 1:
             return self.signals.received, save_due

@@ -15,8 +15,8 @@ from torch import distributed
 from runtime.errors import UserError
 from runtime.ranks import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
-# Bytes of a card that a step needs in addition: weights and activations, and the second
-# set of activations, in the private memory of a CUDA graph.
+# Bytes of a card that a step needs besides the images: weights and activations, and the
+# second set of activations, in the private memory of a CUDA graph.
 RESERVED_ON_CARD = 3e9
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -27,7 +27,7 @@ def place_images(wish, count, side, device, bytes_beside):
     """The device on which a run keeps its images: the training device, or the CPU.
 
     wish: "device", "host" or "auto", which is the device if they fit there. side: in
-    pixels. bytes_beside: on the card, per image, in addition to its pixels. All ranks
+    pixels. bytes_beside: on the card, per image, besides its pixels. All ranks
     call this, and all get the same answer.
     """
     host = torch.device("cpu")
@@ -58,7 +58,7 @@ def fill_images(shape, device, fill, all_ranks=False):
     fill(rows, array) writes the images `rows`, a slice of all N, to array, numpy uint8
     [n, 3, S, S]. all_ranks: whether every rank calls this. Three cases:
 
-    - one rank calls this: it fills one tensor;
+    - one rank calls this, or is alone on its node: it fills one tensor;
     - all ranks, and the images stay on the host: the ranks of a node share one tensor,
       and each fills a part of it;
     - all ranks, and the images are for cards: each rank fills a tensor of its own, and

@@ -9,8 +9,9 @@ import torch
 from runtime.errors import UserError
 from runtime.files import explain_mismatch, read_torch_file
 
-PARTS = ("trunk", "head_f", "head_g", "softmax_layer")  # under these names in our files
-FACTS = ("kind", "classes", "class_folders", "history", "results")  # likewise
+# The entries of our own files: state dicts, and facts about the run.
+PARTS = ("trunk", "head_f", "head_g", "softmax_layer")
+FACTS = ("kind", "classes", "class_folders", "history", "results")
 
 # If a file holds two encoders, the one whose name contains such a word is not used:
 # MoCo's key encoder, the momentum and target encoders of others, and DINO's student,
@@ -96,7 +97,7 @@ def read_safetensors(path):
         return load_file(path)
     except Exception as error:  # the package's own class, where it has one
         raise UserError(
-            f"{path} is damaged or no safetensors file ({error})",
+            f"{path} is damaged or not a safetensors file ({error})",
             "use another copy",
         ) from None
 

@@ -52,10 +52,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     # fmt: off
     add("--model", type=non_empty, required=True, metavar="NAME",
-        help="file of the training scripts or of a torchvision ResNet, or a name in the"
-             " weights folder")
+        help="file of the training scripts or of another project's ResNet, or a name"
+             " in the weights folder")
     add("--images", type=file_path, required=True, metavar="PATH",
-        help="image, or folder of images, whose folders are searched, too")
+        help="image, or folder of images with all its subfolders")
     add("--out", type=output_file, metavar="PATH",
         help="features.npz with names, features, classes and probabilities, or"
              " predictions.csv; by default features.npz, or none with --neighbours")
@@ -69,7 +69,7 @@ def parse_args(argv=None):
         help="weights folder")
     add("--image-size", type=bounded(int, 36, 224), metavar="N",
         help="side in pixels to which images are resized and cropped, 36 to 224; by"
-             " default that of the training")
+             " default the size of the training")
     add("--batch-size", type=bounded(int, 1, EVALUATION_BATCH),
         default=EVALUATION_BATCH, metavar="N",
         help=f"images at a time, 1 to {EVALUATION_BATCH}")

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import InterpolationMode, resize, to_pil_
 from torchvision.utils import make_grid
 
 from augmentations import COLOUR_STRENGTH, unnormalize
-from dataset_helpers import STL10_SIDE, list_images, load_images, unlabelled_folder
+from dataset_helpers import list_images, load_images, unlabelled_folder
 from pretexts import PRETEXTS
 from runtime.arguments import Parser, bounded, file_path, output_file
 from runtime.files import atomic_write
@@ -45,9 +45,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     # fmt: off
     add("--data-dir", type=file_path, default=Path("stl10_data"), metavar="PATH",
-        help="folder with the folder unlabelled")
+        help="folder with the images, in unlabelled/")
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
         help="pretext task")
+    add("--image-size", type=bounded(int, 36, 224), default=96, metavar="N",
+        help="side in pixels to which images are resized and cropped, 36 to 224")
+    add("--colour-strength", type=bounded(float, 0, 2), default=COLOUR_STRENGTH,
+        metavar="X", help="strength of the colour jitter, 0 (none) to 2")
     add("--out", type=output_file, metavar="PATH",
         help="PNG picture to write; by default <pretext>.png")
     add("--images", type=bounded(int, 1, 100), default=4, metavar="N",
@@ -63,12 +67,11 @@ def main(argv=None):
     path = args.out or Path(f"{args.pretext}.png")
     cpu = torch.device("cpu")
 
-    # The first images of the folder, at the default size and colour strength. The
-    # random numbers are not those of any run.
+    # The first images of the folder. The random numbers are not those of any run.
     files = list_images(unlabelled_folder(args.data_dir))[: args.images]
-    images, _ = load_images(files, STL10_SIDE, cpu, "images")
+    images, _ = load_images(files, args.image_size, cpu, "images")
 
-    pretext = PRETEXTS[args.pretext](COLOUR_STRENGTH)
+    pretext = PRETEXTS[args.pretext](args.colour_strength)
     generator = make_generator(cpu, args.seed, VIEWS, 1)
     uniforms = torch.rand(len(images), pretext.uniforms, generator=generator)
     picture = pretext_picture(images.float(), pretext, uniforms)

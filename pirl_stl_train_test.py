@@ -85,6 +85,7 @@ def make_parser():
         parser,
         name="e1_pirl_",
         epochs_help="passes over the training images",
+        batch_help="images per step, of all GPUs together",
         lr=0.2,
         lr_help="peak learning rate of SGD with momentum 0.9",
     )
@@ -109,7 +110,8 @@ def make_parser():
     add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
         help="modified-nce: the first term of the paper's equation 4; nce: all of it")
     add("--positive", choices=["bank", "pair"], default="bank",
-        help="what g(φ(I_t)) is pulled to: m_I, or f(φ(I))")
+        help="target of g(φ(I_t)), the embedding of the pretext view: the image's"
+             " memory m_I (bank), or f(φ(I)) of the same step (pair)")
     add("--loss-weight", type=bounded(float, 0, 1), default=0.5, metavar="X",
         help="λ: weight of the pretext term, 0 to 1")
     add("--temp-parameter", type=bounded(float, 0.01, 100), default=0.07, metavar="X",
@@ -118,7 +120,7 @@ def make_parser():
         help=f"K: negatives from the bank; by default {DEFAULT_NEGATIVES},"
              " or all other images if there are fewer")
     add("--batch-negatives", **bool_flag(True),
-        help="use the new f(φ(I)) of the batch's other images as negatives, too")
+        help="also use the new f(φ(I)) of the batch's other images as negatives")
     add("--beta", type=bounded(float, 0, 0.999), default=0.5, metavar="X",
         help="β: weight of the past in the memory bank, 0 to 0.999")
     add("--non-linear-head", **bool_flag(False),
@@ -136,7 +138,7 @@ def make_parser():
 
     add = add_machine_arguments(parser).add_argument
     add("--compile", **bool_flag(False),
-        help="use torch.compile for the trunk and the augmentations")
+        help="compile the trunk and the augmentations with torch.compile")
     add("--cuda-graph", **bool_flag(False),
         help="launch each step as one CUDA graph, on one GPU without --compile;"
              " not yet tried on a GPU")
@@ -147,8 +149,8 @@ def make_parser():
     add("--pirl-model-name", type=non_empty, metavar="NAME",
         help="file of weights to start from, or a name in the weights folder")
     add("--warm-start", **bool_flag(False),
-        help="start from --pirl-model-name, or, without it, from this experiment's own"
-             " finished model, whose files it then replaces")
+        help="start from --pirl-model-name; without it, from this experiment's own"
+             " finished model, whose files are then overwritten")
     add("--cont-epoch", type=bounded(int, 1), default=1, metavar="N",
         help="with a warm start: number of the first epoch")
     # fmt: on

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--url", default=STL10.url,
         help="address of the archive")
     add("--md5",
-        help="MD5 of the archive; by default the release's for the default --url")
+        help="MD5 of the archive; by default STL-10's, with the default --url")
     # fmt: on
     return parser.parse_args(argv)
 

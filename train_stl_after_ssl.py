@@ -81,6 +81,7 @@ def make_parser():
         parser,
         name="e1_pirl_sup_",
         epochs_help="passes over the training images, in each of the two stages",
+        batch_help="images per step",
         lr=0.01,
         lr_help="learning rate of the softmax stage (SGD, momentum 0.9)",
     )

@@ -132,7 +132,7 @@ def device_name(text):
 
 # ---- The flags of both training scripts ----------------------------------------------
 # fmt: off
-def add_run_arguments(parser, name, epochs_help, lr, lr_help):
+def add_run_arguments(parser, name, epochs_help, batch_help, lr, lr_help):
     """What every user sets, first in --help."""
     add = parser.add_argument_group("run").add_argument
     add("--data-dir", type=file_path, default=Path("stl10_data"), metavar="PATH",
@@ -142,7 +142,7 @@ def add_run_arguments(parser, name, epochs_help, lr, lr_help):
     add("--epochs", type=bounded(int, 1), default=100, metavar="N",
         help=epochs_help)
     add("--batch-size", type=bounded(int, 1), default=128, metavar="N",
-        help="images per step, of all GPUs together")
+        help=batch_help)
     add("--lr", type=bounded(float, 0, 100), default=lr, metavar="RATE",
         help=f"{lr_help}, 0 to 100")
     add("--weight-decay", type=bounded(float, 0, 1), default=5e-4, metavar="X",
@@ -185,7 +185,8 @@ def add_machine_arguments(parser):
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="auto: bf16 on GPUs that have it, else fp32")
     add("--deterministic", **bool_flag(False),
-        help="make a GPU compute the same bits every time, as a CPU does")
+        help="use deterministic GPU algorithms, so that a run can be repeated bit for"
+             " bit; slower")
     return group
 
 

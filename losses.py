@@ -31,7 +31,7 @@ def pirl_loss(image_embeddings, pretext_embeddings, memory, negatives, mask, arg
     negative_logits = negative_logits.masked_fill(torch.cat([mask, mask]), -math.inf)
     logits = torch.cat([positive_logits, negative_logits], dim=1) / args.temp_parameter
 
-    criterion = nce if args.loss == "nce" else modified_nce
+    criterion = LOSSES[args.loss]
     pretext_term, image_term = criterion(logits).chunk(2)  # in the order of queries
     return args.loss_weight * pretext_term + (1 - args.loss_weight) * image_term
 
@@ -69,6 +69,10 @@ def nce(logits):
     log_not_h = torch.where(is_top, log_not_top, torch.log1p(-h))
     # Column 0 is the positive, which has no such term.
     return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
+
+
+# By the names of --loss.
+LOSSES = {"modified-nce": modified_nce, "nce": nce}
 
 
 @torch.no_grad()

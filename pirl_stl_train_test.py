@@ -15,7 +15,7 @@ import augmentations
 import dataset_helpers
 import evaluation
 import models
-from losses import pirl_loss, pretext_correct
+from losses import LOSSES, pirl_loss, pretext_correct
 from memory_bank import MemoryBank
 from pretexts import PRETEXTS
 from runtime.arguments import (
@@ -107,7 +107,7 @@ def make_parser():
     add = parser.add_argument_group("pretext task and loss").add_argument
     add("--pretext", choices=[*PRETEXTS], default="jigsaw",
         help="pretext task")
-    add("--loss", choices=["modified-nce", "nce"], default="modified-nce",
+    add("--loss", choices=[*LOSSES], default="modified-nce",
         help="modified-nce: the first term of the paper's equation 4; nce: all of it")
     add("--positive", choices=["bank", "pair"], default="bank",
         help="target of g(φ(I_t)), the embedding of the pretext view: the image's"

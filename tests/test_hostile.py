@@ -16,7 +16,6 @@ from dataset_helpers import load_images
 from linear_probe import read_folds
 from runtime.errors import UserError
 from runtime.files import read_torch_file
-from stl10_data_load import IMAGE_BYTES, SPLITS, check_raw
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 MODERATE = settings(
@@ -175,37 +174,3 @@ def test_checkpoints_whose_checksums_are_right(tmp_path, pickled):
         archive.writestr("archive/byteorder", "little")
     state = result_or_line(read_torch_file, path)
     assert not isinstance(state, dict) or "kind" not in state
-
-
-def of_about_n_images(numbers):
-    """The length of some images, or a byte or two less or more."""
-    count, surplus = numbers
-    return bytes(count * IMAGE_BYTES + surplus)
-
-
-raw_file = st.one_of(
-    st.none(),
-    st.binary(max_size=50),
-    st.integers(0, 3).map(lambda count: bytes(count * IMAGE_BYTES)),
-    st.tuples(st.integers(1, 3), st.integers(-2, 2)).map(of_about_n_images),
-    st.lists(st.integers(1, 10), max_size=3).map(bytes),
-)
-raw_names = [name for names in SPLITS.values() for name in names if name]
-
-
-@MODERATE
-@given(st.fixed_dictionaries(dict.fromkeys(raw_names, raw_file)))
-def test_raw_files(tmp_path, files):
-    for name, content in files.items():
-        (tmp_path / name).unlink(missing_ok=True)
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-
-    counts = result_or_line(check_raw, tmp_path)
-    if counts is None:
-        return
-    for split, (images, labels) in SPLITS.items():
-        assert len(files[images]) == counts[split] * IMAGE_BYTES > 0
-        if labels is not None:
-            assert len(files[labels]) == counts[split]
-            assert set(files[labels]) <= set(range(1, 11))

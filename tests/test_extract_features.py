@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import ThinResNet
 from PIL import Image
+from test_dataset_helpers import write_image
 
 import extract_features
 import pirl_stl_train_test
@@ -22,13 +22,6 @@ SIDE = 40
 # Names whose natural order is not the alphabetical one, in the natural order.
 NAMES = ["1.png", "2.jpg", "3.bmp", "9/1.png", "9/2.png", "9/10.webp", "10.png"]
 NAMES += ["11.tif", "a 2.png", "a 10.png", "a, b.png", "cat/1.png", "dog/1.png"]
-
-
-def write_image(path, seed, size=(48, 48)):
-    """A smooth random picture, in the format that the file's name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture
@@ -349,37 +342,15 @@ def test_few_images_have_few_neighbours(extract, photos, tmp_path, drawn):
 
 
 # ---- Networks ------------------------------------------------------------------------
-@pytest.fixture
-def zoo(tmp_path):
-    """14 training and 5 test images of each class, and 24 images without labels."""
-    folder = tmp_path / "zoo"
-    for seed, (split, count) in enumerate({"train": 14, "test": 5}.items()):
-        for label, name in enumerate(["1", "2", "10"]):
-            for i in range(count):
-                write_image(folder / split / name / f"{i}.png", (seed, label, i))
-    for i in range(24):
-        write_image(folder / f"unlabelled/{i}.png", (2, i))
-    return folder
-
-
-@pytest.fixture
-def flags(zoo, tmp_path):
-    """Flags of both training scripts that make a run take a second."""
-    # fmt: off
-    return [
-        "--data-dir", zoo, "--image-size", 36, "--batch-size", 8, "--epochs", 1,
-        "--device", "cpu", "--weights-dir", tmp_path / "weights",
-        "--observations-dir", tmp_path / "observations", "--experiment-name", "exp",
-    ]
-    # fmt: on
-
-
-def test_predictions_are_those_of_the_results_table(call, flags, extract, tmp_path):
-    labelled = call("train_stl_after_ssl", *flags, "--full-fine-tune")
+def test_predictions_are_those_of_the_results_table(
+    call, tiny, extract, data_dir, tmp_path
+):
+    run = ("--experiment-name", "exp", "--full-fine-tune")
+    labelled = call("train_stl_after_ssl", *tiny, *run)
     assert labelled.status == 0, labelled.err
     out = tmp_path / "f.npz"
-    images = tmp_path / "zoo/test"
-    outcome = extract("--model", "exp", "--images", images, "--out", out)
+    run = ("--model", "exp", "--images", data_dir / "test")
+    outcome = extract(*run, "--out", out)
     assert outcome.status == 0, outcome.err
     found = np.load(out)
     predicted = found["classes"][found["probabilities"].argmax(1)]
@@ -389,7 +360,7 @@ def test_predictions_are_those_of_the_results_table(call, flags, extract, tmp_pa
     assert accuracy == pytest.approx(saved["results"]["full"][1])
 
 
-def test_features_by_a_run_in_training(call, flags, extract, tmp_path, monkeypatch):
+def test_features_by_a_run_in_training(call, tiny, extract, tmp_path, monkeypatch):
     """Both scripts are left in the third step, with a checkpoint of the second."""
 
     def interrupt_third_step(trainer_class):
@@ -413,7 +384,7 @@ def test_features_by_a_run_in_training(call, flags, extract, tmp_path, monkeypat
         assert found["features"].std(0).max() > 0
         return found
 
-    flags = (*flags, "--checkpoint-minutes", 0)
+    flags = (*tiny, "--experiment-name", "exp", "--checkpoint-minutes", 0)
     interrupt_third_step(pirl_stl_train_test.PretrainingTrainer)
     assert call("pirl_stl_train_test", *flags).status == 130
     features_of_checkpoint()
@@ -421,35 +392,20 @@ def test_features_by_a_run_in_training(call, flags, extract, tmp_path, monkeypat
 
     interrupt_third_step(train_stl_after_ssl.FineTuningTrainer)
     assert call("train_stl_after_ssl", *flags, "--full-fine-tune").status == 130
-    assert features_of_checkpoint()["probabilities"].shape == (13, 3)
-
-
-def test_features_by_torchvision_s_weights(extract, photos, tmp_path):
-    """Which of its ResNets it is need not be said; no flag could."""
-    torch.manual_seed(0)
-    resnet = torchvision.models.resnet34()
-    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
-    out = tmp_path / "f.npz"
-    run = ("--model", tmp_path / "resnet.pth", "--images", photos / "9")
-    outcome = extract(*run, "--image-size", 36, "--out", out)
-    assert outcome.status == 0, outcome.err
-    resnet.fc = torch.nn.Identity()
-    network = {"trunk": resnet.eval(), "softmax_layer": torch.nn.Linear(512, 2)}
-    files = [photos / name for name in NAMES[3:6]]
-    assert close(np.load(out)["features"], by_hand(network, files, 36)[0])
+    assert features_of_checkpoint()["probabilities"].shape == (13, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.full_trunk
 def test_from_pretraining_to_features_at_the_largest_size(
-    call, flags, extract, tmp_path
+    call, tiny, extract, tmp_path
 ):
     """The whole network: on AVX-512, torch 2.11's oneDNN writes beyond its memory in
     backward with the thin one's 8 channels at this size."""
-    flags = [*flags, "--image-size", 224]
-    assert call("pirl_stl_train_test", *flags).status == 0
-    run = ("--pirl-model-name", "exp", "--experiment-name", "l2", "--full-fine-tune")
-    outcome = call("train_stl_after_ssl", *flags, *run)
+    flags = [*tiny, "--epochs", 1, "--image-size", 224, "--experiment-name"]
+    assert call("pirl_stl_train_test", *flags, "p2").status == 0
+    run = ("--pirl-model-name", "p2", "--full-fine-tune")
+    outcome = call("train_stl_after_ssl", *flags, "l2", *run)
     assert outcome.status == 0, outcome.err
     assert extract("--model", "l2", "--out", tmp_path / "f.npz").status == 0
     assert np.load(tmp_path / "f.npz")["features"].shape == (13, 512)

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from conftest import ROOT
 from PIL import Image, ImageOps
+from test_dataset_helpers import write_image
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import hubconf
@@ -20,11 +21,6 @@ from runtime.files import atomic_save
 
 # The hub imports modules of its own, beyond the reach of a test's patches.
 pytestmark = pytest.mark.full_trunk
-
-
-def write_image(path, seed, size=(70, 50)):
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 def write_weights(path, side=48, stem="imagenet"):
@@ -135,19 +131,6 @@ def test_features_are_those_of_extract_features(call, tmp_path):
         ours = features_of(trunk, prepare, tmp_path / "pictures" / name)[0].numpy()
         difference = abs(ours - features).max()
         assert difference < 1e-5 * abs(features).max(), name
-
-
-def test_the_preprocessing_by_hand(tmp_path):
-    write_weights(tmp_path / "exp.pt", side=40)
-    _, prepare = load(tmp_path / "exp.pt")
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    picture = Image.fromarray(pixels)
-    prepared = prepare(picture)
-    assert prepared.shape == (3, 40, 40)
-    assert prepared.dtype == torch.float32
-    expected = (pixels / 255 - PIXEL_MEAN) / PIXEL_STD
-    np.testing.assert_allclose(prepared.permute(1, 2, 0), expected, 1e-4, 1e-5)
-    assert torch.equal(prepare(picture), prepared), "the picture is as it was"
 
 
 # ---- Modules of the same names -------------------------------------------------------

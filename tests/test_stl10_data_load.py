@@ -53,6 +53,11 @@ def archive(raw_dir):
     return archive_of(raw_dir)
 
 
+def command_for(raw, data=None):
+    data = data or raw / "images"
+    return "stl10_data_load", "--raw-dir", raw, "--data-dir", data
+
+
 def read_pixels(path):
     with Image.open(path) as image:
         return np.asarray(image)
@@ -63,7 +68,7 @@ def test_folders_and_tensors_hold_what_torchvision_reads(
     call, raw_dir, tmp_path, monkeypatch
 ):
     data = tmp_path / "data"
-    outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
+    outcome = call(*command_for(raw_dir, data))
     assert outcome.status == 0, outcome.err
     assert outcome.out.endswith("data: 23 train, 11 test, 13 unlabelled\n")
 
@@ -91,7 +96,7 @@ def test_a_second_run_does_nothing_and_an_interrupted_one_is_completed(
     call, raw_dir, tmp_path
 ):
     data = tmp_path / "data"
-    arguments = ("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
+    arguments = command_for(raw_dir, data)
     assert call(*arguments).status == 0
     times = {file: file.stat().st_mtime_ns for file in data.rglob("*")}
 
@@ -125,17 +130,6 @@ def test_a_second_run_does_nothing_and_an_interrupted_one_is_completed(
     assert "nothing to do" in call(*arguments).out
 
 
-def test_names_and_folds_are_copied(call, tmp_path):
-    raw = write_small_raw(tmp_path / "raw")
-    names = "\n".join(f"animal {i}" for i in range(10)).encode()
-    (raw / "class_names.txt").write_bytes(names)
-    data = tmp_path / "data"
-    arguments = ("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
-    assert call(*arguments).status == 0
-    assert (data / "class_names.txt").read_bytes() == names
-    assert not (data / "fold_indices.txt").exists()
-
-
 def test_names_and_folds_are_there_before_the_images(call, tmp_path, monkeypatch):
     """A run that is stopped among the images may find "nothing to do" the next time."""
     raw = write_small_raw(tmp_path / "raw")
@@ -144,7 +138,7 @@ def test_names_and_folds_are_there_before_the_images(call, tmp_path, monkeypatch
     for name in names:
         (raw / name).write_text(f"content of {name}")
     monkeypatch.setattr(stl10_data_load, "write_split", interrupted)
-    outcome = call("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
+    outcome = call(*command_for(raw, data))
     assert outcome.status == 130
     for name in names:
         assert (data / name).read_text() == f"content of {name}"
@@ -164,16 +158,9 @@ def test_folders_of_other_images_are_left_alone(call, raw_dir, tmp_path):
     assert after == before, "nothing is added, either"
 
 
-def test_more_images_than_the_raw_file_has(call, raw_dir, tmp_path):
-    data = tmp_path / "data"
-    (data / "unlabelled").mkdir(parents=True)
-    Image.new("RGB", (96, 96)).save(data / "unlabelled/5000.png")
-    outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
-    assert outcome.is_one_line_error("other images than")
-    assert len(list(data.rglob("*.png"))) == 1, "nothing is added to them"
-
-
-@pytest.mark.parametrize("name", ["train/cat/1.jpg", "unlabelled/2.PNG", "test/a.tiff"])
+@pytest.mark.parametrize(
+    "name", ["train/cat/1.png", "unlabelled/2.PNG", "unlabelled/13.png", "test/a.tiff"]
+)
 def test_pictures_of_one_s_own_are_left_alone(call, raw_dir, tmp_path, name):
     """Whatever their format: no image of STL-10 is put among them."""
     picture = tmp_path / "pets" / name
@@ -184,16 +171,6 @@ def test_pictures_of_one_s_own_are_left_alone(call, raw_dir, tmp_path, name):
     assert outcome.is_one_line_error("other images than")
     files = [path for path in (tmp_path / "pets").rglob("*") if path.is_file()]
     assert files == [picture]
-
-
-def test_images_with_other_labels(call, tmp_path):
-    raw = write_small_raw(tmp_path / "raw")
-    data = tmp_path / "data"
-    arguments = ("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
-    assert call(*arguments).status == 0
-    labels = np.fromfile(raw / "train_y.bin", np.uint8)
-    labels[::-1].tofile(raw / "train_y.bin")
-    assert call(*arguments).is_one_line_error("other images than")
 
 
 # ---- The raw files -------------------------------------------------------------------
@@ -219,7 +196,7 @@ def test_bad_raw_files(call, tmp_path, name, damage, parts):
     else:
         path.write_bytes(damage)
     data = tmp_path / "data"
-    outcome = call("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", data)
+    outcome = call(*command_for(tmp_path, data))
     assert outcome.is_one_line_error(name, *parts)
     assert not data.exists()
 
@@ -302,12 +279,7 @@ def archive_of(folder, extra=None):
 
 
 def download_command(server, folder):
-    return (
-        "stl10_data_load",
-        *("--url", server.url),
-        *("--raw-dir", folder / "raw"),
-        *("--data-dir", folder / "data"),
-    )
+    return (*command_for(folder / "raw", folder / "data"), "--url", server.url)
 
 
 def leave_part(folder, content):
@@ -443,15 +415,6 @@ def test_a_whole_leftover_is_not_fetched_again(call, server, archive, tmp_path):
     assert server.requests == [len(server.content)]
 
 
-def test_wrong_checksum_leaves_nothing_that_looks_whole(
-    call, server, archive, tmp_path
-):
-    server.content = archive
-    outcome = call(*download_command(server, tmp_path), "--md5", "0" * 32)
-    assert outcome.is_one_line_error("MD5")
-    assert list((tmp_path / "raw").iterdir()) == []
-
-
 def test_server_that_is_not_there(call, tmp_path):
     arguments = ("stl10_data_load", "--raw-dir", tmp_path / "raw")
     outcome = call(*arguments, "--url", "http://127.0.0.1:9/a.tar.gz")
@@ -489,19 +452,10 @@ def test_archives_that_leave_their_folder_are_refused(call, raw_dir, tmp_path, m
     raw = tmp_path / "deep/raw"
     put_archive(raw, archive_of(raw_dir, member))
     data = tmp_path / "data"
-    outcome = call("stl10_data_load", "--raw-dir", raw, "--data-dir", data)
+    outcome = call(*command_for(raw, data))
     assert outcome.is_one_line_error("not to be trusted")
     assert not list(tmp_path.rglob("outside"))
     assert not (raw / "stl10_binary").exists()
-
-
-def test_an_absolute_path_in_an_archive_stays_in_its_folder(call, raw_dir, tmp_path):
-    raw = tmp_path / "raw"
-    member = hostile(f"{tmp_path}/outside", size=1)
-    put_archive(raw, archive_of(raw_dir, member))
-    data = tmp_path / "data"
-    assert call("stl10_data_load", "--raw-dir", raw, "--data-dir", data).status == 0
-    assert not list(tmp_path.rglob("outside"))
 
 
 @pytest.mark.parametrize(
@@ -511,24 +465,28 @@ def test_an_absolute_path_in_an_archive_stays_in_its_folder(call, raw_dir, tmp_p
 )
 def test_what_is_no_archive(call, tmp_path, content):
     archive = put_archive(tmp_path, content)
-    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    command = command_for(tmp_path)
     assert call(*command).is_one_line_error("tar.gz")
     assert call(*command, "--md5", "0" * 32).is_one_line_error("MD5", archive)
     assert archive.exists(), "what the user put there is not ours to remove"
 
 
-@pytest.mark.parametrize("damage", ["cut", "broken"])
+@pytest.mark.parametrize("damage", ["cut", "broken", "altered"])
 def test_a_damaged_archive_of_one_s_own(call, archive, tmp_path, damage):
-    """A browser cut it short, or its middle is wrong: within an image's bytes."""
-    content = archive[:20_000]
-    if damage == "broken":
+    """A browser cut it short, or bytes are wrong: an image's, or gzip's checksum."""
+    content = bytearray(archive)
+    if damage == "cut":
+        del content[20_000:]
+    elif damage == "broken":
         plain = gzip.decompress(archive)[:400_000]
         packer = zlib.compressobj(wbits=31)  # as gzip packs
         content = packer.compress(plain) + packer.flush(zlib.Z_SYNC_FLUSH)
         content += b"\xff" * 100  # no block begins so
+    else:
+        content[-6] ^= 1
     put_archive(tmp_path, content)
-    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
-    assert call(*command).is_one_line_error("cut short or damaged", "tar.gz")
+    outcome = call(*command_for(tmp_path))
+    assert outcome.is_one_line_error("cut short or damaged", "tar.gz")
     assert not (tmp_path / "stl10_binary").exists()
 
 
@@ -537,7 +495,7 @@ def test_unpacking_starts_over_after_a_kill(call, archive, tmp_path):
     left = tmp_path / ".stl10_binary.part/stl10_binary/left.bin"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
-    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    command = command_for(tmp_path)
     assert call(*command).status == 0
     assert not (tmp_path / "stl10_binary/left.bin").exists()
 
@@ -547,14 +505,5 @@ def test_an_archive_of_something_else(call, tmp_path):
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.addfile(hostile("readme.txt", size=1), io.BytesIO(b"x"))
     put_archive(tmp_path, buffer.getvalue())
-    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
+    command = command_for(tmp_path)
     assert call(*command).is_one_line_error("holds no folder stl10_binary")
-
-
-def test_an_altered_archive_is_noticed(call, archive, tmp_path):
-    content = bytearray(archive)
-    content[-6] ^= 1  # in gzip's checksum
-    put_archive(tmp_path, content)
-    command = ("stl10_data_load", "--raw-dir", tmp_path, "--data-dir", tmp_path / "d")
-    assert call(*command).is_one_line_error("damaged")
-    assert not (tmp_path / "stl10_binary").exists()

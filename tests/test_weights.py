@@ -285,10 +285,8 @@ def resnet_with_another_stem():
     [
         (torchvision.models.resnet101, "it is a ResNet-101"),
         (torchvision.models.resnet152, "it is a ResNet-152"),
-        (torchvision.models.wide_resnet50_2, "it is a wide ResNet"),
         (torchvision.models.wide_resnet101_2, "it is a wide ResNet"),
         (torchvision.models.resnext50_32x4d, "it is a ResNeXt"),
-        (torchvision.models.resnext101_64x4d, "it is a ResNeXt"),
         (gray_resnet, "its images have 1 channels"),
         (resnet_with_another_stem, "its first convolution is 5 × 5"),
         (ThinResNet, "it is a ResNet of basic blocks, [1, 1, 1, 1]"),

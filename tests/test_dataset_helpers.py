@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 import dataset_helpers
 from dataset_helpers import (
@@ -70,8 +71,18 @@ def test_every_image_of_a_folder_is_found(tmp_path, capsys):
     assert list_images(tmp_path) == [tmp_path / name for name in expected]
 
 
-def test_links_are_followed_and_each_real_folder_is_searched_once(tmp_path, capsys):
-    """A link may lead back to a parent, or two of them to the same folder."""
+def test_links_are_followed_and_each_real_folder_is_searched_once(
+    tmp_path, capsys, monkeypatch
+):
+    """A link may lead back to a parent, or two of them to the same folder.
+
+    The system lists a folder in any order: here from Z to A.
+    """
+    scandir = os.scandir
+
+    def backwards(folder):
+        return sorted(scandir(folder), key=lambda entry: entry.name, reverse=True)
+
     photos = tmp_path / "photos"
     write_image(photos / "2.png", 2)
     write_image(photos / "deep/2.png", 2)
@@ -82,11 +93,15 @@ def test_links_are_followed_and_each_real_folder_is_searched_once(tmp_path, caps
     (photos / "10.png").symlink_to(tmp_path / "elsewhere/1.png")
     (photos / "gone.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(photos / "pipe.png")  # reading it would wait for ever
+    (photos / "x.txt").touch()
 
-    assert find_images(photos) == ["2.png", "10.png", "deep/2.png", "first/1.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", backwards)
+        found = find_images(photos)
+    assert found == ["2.png", "10.png", "deep/2.png", "first/1.png"]
     [note] = notes(capsys)
-    assert "2 files" in note
-    assert "(gone.png, pipe.png)" in note
+    assert "3 files" in note
+    assert "(gone.png, pipe.png, x.txt)" in note
 
     (tmp_path / "link").symlink_to(photos)
     assert list_images(tmp_path / "link")[0] == tmp_path / "link/2.png"
@@ -421,7 +436,8 @@ def test_what_a_fingerprint_tells(tmp_path):
     third = fingerprint(renamed)
     assert third["checksum"] == second["checksum"]
     assert third["files"] != second["files"], "they differ in size"
-    assert third["decoder"].startswith("Pillow ")
+    libjpeg = features.version("jpg")
+    assert third["decoder"] == f"Pillow {PIL.__version__} with libjpeg {libjpeg}"
 
 
 def damaged(path, how):
@@ -509,14 +525,11 @@ def test_which_images_train_and_which_validate(tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (40, 50), 5 * number).save(path)
 
+    args = argparse.Namespace(data_dir=tmp_path, image_size=36, images_on="auto")
+
     def load(only_train=False, seed=3):
-        args = argparse.Namespace(
-            data_dir=tmp_path,
-            only_train=only_train,
-            seed=seed,
-            image_size=36,
-            images_on="auto",
-        )
+        args.only_train = only_train
+        args.seed = seed
         images, train_count, fingerprint = load_unlabelled(args, CPU, 0)
         assert images.shape[1:] == (3, 36, 36)
         numbers = (images[:, 0, 0, 0] // 5).tolist()
@@ -533,11 +546,15 @@ def test_which_images_train_and_which_validate(tmp_path, monkeypatch, capsys):
     assert everything != sorted(everything)
     assert nothing == []
 
+    assert dataset_helpers.VALIDATION_IMAGES == 4096
     monkeypatch.setattr(dataset_helpers, "VALIDATION_IMAGES", 4)
     assert load(only_train=True) == (everything, [])
     capsys.readouterr()
     assert load() == (train, validation[:4])
     assert "27 images take 0.000105 GB" in capsys.readouterr().out
+    for args.images_on, place in (("host", "cpu"), ("device", "meta")):
+        images, _, _ = load_unlabelled(args, torch.device("meta"), 0)
+        assert images.device.type == place
 
 
 # ---- Labelled images -----------------------------------------------------------------
@@ -580,7 +597,7 @@ def test_classes_are_folders_and_labels_their_places(tmp_path, capsys):
     (tmp_path / "train/notes.txt").write_text("")
     (tmp_path / "train/empty").mkdir()
     write_image(tmp_path / "train/.hidden/1.png", 0)
-    for folder in ("b", "a", ".cache"):
+    for folder in ("b", "a", ".cache", "unlabeled", "test"):
         (tmp_path / folder).mkdir()
 
     data = load_labelled(tmp_path, 36, CPU, 5)
@@ -604,10 +621,13 @@ def test_classes_are_folders_and_labels_their_places(tmp_path, capsys):
     ]
 
 
-def test_labels_count_in_the_fingerprint(tmp_path):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_count_in_the_fingerprint(tmp_path, split):
     for folder in ("here", "there"):
         write_zoo(tmp_path / folder / "train")
-    (tmp_path / "there/train/2/2.bmp").rename(tmp_path / "there/train/1/2.bmp")
+        write_zoo(tmp_path / folder / "val")
+    moved = tmp_path / "there" / split
+    (moved / "2/2.bmp").rename(moved / "1/2.bmp")
     here, there = (load_labelled(tmp_path / f, 36, CPU, 0) for f in ("here", "there"))
     assert torch.equal(here.images, there.images)
     assert here.fingerprint["checksum"] != there.fingerprint["checksum"]
@@ -727,19 +747,22 @@ def test_the_names_of_numbered_classes(tmp_path):
 
 # ---- Splits --------------------------------------------------------------------------
 def test_splits_are_disjoint_stratified_and_from_the_seed(capsys):
-    sizes = [1, 2, 3, 9, 10, 500, 1000]
-    labels = torch.arange(7).repeat_interleave(torch.tensor(sizes))
+    sizes = [1, 2, 3, 9, 10, 500, 1000, 1, 1, 1, 1, 1]
+    labels = torch.arange(12).repeat_interleave(torch.tensor(sizes))
     order = torch.randperm(len(labels), generator=torch.manual_seed(0))
     labels = labels[order]
-    names = list("abcdefg")
+    names = list("abcdefghijkl")
     train, validation = stratified_split(labels, 3, "photos", names)
-    assert torch.cat([train, validation]).sort().values.equal(torch.arange(1525))
-    expected = [0, 1, 1, 1, 2, 80, 160]
-    assert torch.bincount(labels[validation], minlength=7).tolist() == expected
-    assert "note: a in photos has one image only" in capsys.readouterr().out
+    assert torch.cat([train, validation]).sort().values.equal(torch.arange(1530))
+    expected = [0, 1, 1, 1, 2, 80, 160, 0, 0, 0, 0, 0]
+    assert torch.bincount(labels[validation], minlength=12).tolist() == expected
+    note = "note: a, h, i, j, k and 1 more in photos has one image only"
+    assert note in capsys.readouterr().out
 
     assert stratified_split(labels, 3, "photos", names)[1].equal(validation)
     assert not stratified_split(labels, 4, "photos", names)[1].equal(validation)
+    stratified_split(labels[labels < 11], 3, "photos", names)
+    assert "a, h, i, j, k in photos" in capsys.readouterr().out
 
 
 def test_one_image_per_class_leaves_none_to_validate():

@@ -105,8 +105,8 @@ def test_bad_images_are_named_together(call, tiny, own_data):
         bad.append(own_data / f"train/4/{number}.png")
         bad.append(own_data / f"train/5/{number + 1}.png")
     width_and_height = (60000).to_bytes(4, "big") * 2
-    for n, image in enumerate(bad):
-        good = image.read_bytes()
+    whole = [image.read_bytes() for image in bad]
+    for n, (image, good) in enumerate(zip(bad, whole, strict=True)):
         bomb = good[:16] + width_and_height + good[24:]
         image.write_bytes([b"", b"no image", good[:500], bomb][n % 4])
 
@@ -116,6 +116,12 @@ def test_bad_images_are_named_together(call, tiny, own_data):
     assert -1 not in places[:10]
     assert places[:10] == sorted(places[:10])
     assert places[10:] == [-1, -1]
+
+    bad[0].write_bytes(whole[0])
+    bad[1].write_bytes(whole[1])
+    outcome = call("train_stl_after_ssl", *tiny, "--data-dir", own_data)
+    assert outcome.is_one_line_error(f"{bad[-1]} (")
+    assert "more:" not in outcome.err
 
 
 def test_numbers_that_do_not_go_with_the_images(call, tiny):

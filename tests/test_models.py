@@ -48,8 +48,9 @@ def test_networks(model_type, dimension, non_linear):
     assert missing == ["fc.weight", "fc.bias"]
     assert unexpected == []
 
-    layers = [m for m in network.head_f.modules() if isinstance(m, nn.Linear)]
-    assert len(layers) == (2 if non_linear else 1)
+    layers = [nn.Linear, nn.ReLU, nn.Linear] if non_linear else [nn.Linear]
+    assert [type(layer) for layer in network.head_f] == layers
+    assert [type(layer) for layer in network.head_g.together] == layers
 
 
 def test_patches_are_concatenated_in_presentation_order():

@@ -517,7 +517,8 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = Path("weights")
-    for path in ("weights/a.pt", "weights/a.ckpt", "weights/b.ckpt", "home/c.pt"):
+    paths = ["weights/a.pt", "weights/a.ckpt", "weights/b.ckpt", "home/c.pt"]
+    for path in (*paths, "both.pt", "weights/both.pt"):
         trunk = {"conv1.weight": torch.zeros(1)}
         atomic_save({"trunk": trunk, "settings": {"path": path}}, tmp_path / path)
     (tmp_path / "a").mkdir()
@@ -527,6 +528,7 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
         ("weights/a.pt", "weights/a.pt", "weights/a.pt"),
         ("a.pt", "weights/a.pt", "weights/a.pt"),
         ("a", "weights/a.pt", "weights/a.pt"),
+        ("both.pt", "both.pt", "both.pt"),
         ("b", "weights/b.ckpt", "weights/b.ckpt"),
         ("here.ckpt", "here.ckpt", "weights/b.ckpt"),
         ("~/c.pt", tmp_path / "home/c.pt", "home/c.pt"),

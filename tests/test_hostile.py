@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset_helpers import load_images
-from linear_probe import read_folds
 from runtime.errors import UserError
 from runtime.files import read_torch_file
 
@@ -117,34 +116,6 @@ def test_images(tmp_path, content):
         assert images.shape == (1, 3, 96, 96)
         assert images.dtype == torch.uint8
         assert fingerprint["checksum"] == zlib.crc32(images.numpy().tobytes())
-
-
-# Lines of numbers, and what may be among them.
-fold_files = st.one_of(
-    st.binary(max_size=40),
-    st.lists(
-        st.one_of(
-            st.integers(-1, 11).map(str),
-            st.sampled_from(["\n", "\r\n", "1.5", "x", "9" * 30, "²", "\ufeff", "\0"]),
-        ),
-        max_size=8,
-    ).map(lambda words: " ".join(words).encode()),
-)
-
-
-@MODERATE
-@given(fold_files)
-def test_folds(tmp_path, content):
-    path = tmp_path / "fold_indices.txt"
-    path.write_bytes(content)
-    folds = result_or_line(
-        lambda path: read_folds(path.parent, 11, torch.device("cpu")), path
-    )
-    if folds is not None:
-        assert folds
-        for fold in folds:
-            assert fold.dtype == torch.int64
-            assert 0 <= fold.min() <= fold.max() < 11
 
 
 checkpoint_bytes = st.one_of(

@@ -6,8 +6,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT
-from records import same_results, weights
+from records import same_results
 
 import extract_features
 import pictures
@@ -75,14 +74,6 @@ def test_every_script_takes_its_arguments_from_the_caller(
     results = (tmp_path / "observations/l_results.md").read_text()
     assert "python train_stl_after_ssl.py --data-dir" in results
     assert "ipykernel" not in results
-
-
-def test_errors_are_raised_to_the_caller(arguments, tmp_path):
-    """A notebook shows them; the kernel goes on."""
-    nowhere = arguments("--data-dir", tmp_path / "nowhere")
-    for script in (pirl_stl_train_test, train_stl_after_ssl):
-        with pytest.raises(UserError, match="nowhere"):
-            script.main(nowhere)
 
 
 # ---- Threads -------------------------------------------------------------------------
@@ -191,67 +182,3 @@ def test_a_signal_ends_the_run_and_not_the_notebook(
 
     pirl_stl_train_test.main([*flags, "--resume"])
     assert same_results(tmp_path, "whole", "exp")
-
-
-# ---- A notebook ----------------------------------------------------------------------
-# The first cell gives the kernel conftest.py's thin trunk.
-CELLS = [
-    """
-    import sys
-    sys.path[:0] = [ROOT, ROOT + "/tests"]
-    import models
-    from conftest import ThinResNet
-    models.TRUNKS["res18"] = ThinResNet
-    """,
-    """
-    import pirl_stl_train_test
-    pirl_stl_train_test.main(FLAGS + ["--experiment-name", "p", "--batch-size", "99"])
-    """,
-    """
-    pirl_stl_train_test.main(FLAGS + ["--experiment-name", "p"])
-    """,
-    """
-    import train_stl_after_ssl
-    flags = FLAGS + ["--experiment-name", "l", "--pirl-model-name", "p"]
-    train_stl_after_ssl.main(flags)
-    """,
-]
-
-
-def texts(cell, name):
-    """What a cell has written to stdout or stderr."""
-    outputs = [output for output in cell.outputs if output.output_type == "stream"]
-    return "".join(output.text for output in outputs if output.name == name)
-
-
-@pytest.mark.slow
-def test_a_notebook(arguments, tmp_path):
-    """Headless; the second cell's error does not disturb the third."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-
-    notebook = nbformat.v4.new_notebook()
-    constants = f"ROOT = {str(ROOT)!r}\nFLAGS = {arguments()!r}\n"
-    for cell in CELLS:
-        lines = [line.strip() for line in cell.strip().splitlines()]
-        notebook.cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(constants))
-    nbclient.NotebookClient(
-        notebook,
-        timeout=120,
-        allow_errors=True,
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
-
-    _, _, refused, pretraining, fine_tuning = notebook.cells
-    [error] = [o for o in refused.outputs if o.output_type == "error"]
-    assert error.ename == "UserError"
-    assert "--batch-size 99 is more than the 70 training images" in error.evalue
-    for cell in (pretraining, fine_tuning):
-        assert not [o for o in cell.outputs if o.output_type == "error"]
-        assert texts(cell, "stderr") == ""
-    assert "epoch 2/2: loss" in texts(pretraining, "stdout")
-    assert f"res18, PIRL trunk ({tmp_path}" in texts(fine_tuning, "stdout")
-    assert "Only softmax layer is fine tuned | " in texts(fine_tuning, "stdout")
-    assert "softmax" in weights(tmp_path, "l")["results"]

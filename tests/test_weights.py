@@ -268,16 +268,13 @@ def test_a_trunk_shows_what_it_is(model_type, stem):
     assert stem_of(state_dict) == stem
 
 
-def gray_resnet():
-    resnet = ThinResNet()
-    resnet.conv1 = nn.Conv2d(1, 64, 7)
-    return resnet
+def with_first_convolution(*shape):
+    def make_network():
+        resnet = torchvision.models.resnet18()
+        resnet.conv1 = nn.Conv2d(*shape)
+        return resnet
 
-
-def resnet_with_another_stem():
-    resnet = torchvision.models.resnet18()
-    resnet.conv1 = nn.Conv2d(3, 64, 5)
-    return resnet
+    return make_network
 
 
 @pytest.mark.parametrize(
@@ -287,8 +284,8 @@ def resnet_with_another_stem():
         (torchvision.models.resnet152, "it is a ResNet-152"),
         (torchvision.models.wide_resnet101_2, "it is a wide ResNet"),
         (torchvision.models.resnext50_32x4d, "it is a ResNeXt"),
-        (gray_resnet, "its images have 1 channels"),
-        (resnet_with_another_stem, "its first convolution is 5 × 5"),
+        (with_first_convolution(1, 64, 7), "its images have 1 channels"),
+        (with_first_convolution(3, 64, 5), "its first convolution is 5 × 5"),
         (ThinResNet, "it is a ResNet of basic blocks, [1, 1, 1, 1]"),
     ],
 )

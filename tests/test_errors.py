@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import evaluation
-
 SCRIPTS = ["stl10_data_load", "pirl_stl_train_test", "train_stl_after_ssl"]
 TRAINING_SCRIPTS = SCRIPTS[1:]
 
@@ -206,15 +204,3 @@ def test_too_little_free_disk_for_the_images(call, raw_dir, tmp_path, monkeypatc
     outcome = call("stl10_data_load", "--raw-dir", raw_dir, "--data-dir", data)
     assert outcome.is_one_line_error("data has 5 MB", "make room")
     assert not list(data.rglob("*.png"))
-
-
-# ---- Divergence ----------------------------------------------------------------------
-def test_a_softmax_layer_that_is_not_finite(call, tiny, monkeypatch):
-    trunk_features = evaluation.trunk_features
-
-    def lost_features(*arguments, **options):
-        return trunk_features(*arguments, **options) * float("nan")
-
-    monkeypatch.setattr(evaluation, "trunk_features", lost_features)
-    outcome = call("train_stl_after_ssl", *tiny)
-    assert outcome.is_one_line_error("epoch 1", "--lr")

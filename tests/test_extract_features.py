@@ -167,9 +167,10 @@ def test_files_that_cannot_be_read_are_left_out_and_named(
 
     for name in NAMES:
         (photos / name).write_bytes(b"no image")
-    outcome = extract("--model", "l", "--out", tmp_path / "nothing.npz")
-    assert outcome.is_one_line_error("13 files cannot be read", "and 3 more")
-    assert not (tmp_path / "nothing.npz").exists()
+    for nothing in (tmp_path / "nothing.npz", tmp_path / "nothing.csv"):
+        outcome = extract("--model", "l", "--out", nothing)
+        assert outcome.is_one_line_error("13 files cannot be read", "and 3 more")
+        assert not nothing.exists()
 
 
 def test_a_single_image(extract, network, photos, tmp_path, monkeypatch):
@@ -210,6 +211,8 @@ def test_what_cannot_work_is_said_before_images_are_read(extract, photos, tmp_pa
     images = ("--images", tmp_path / "nowhere")
     outcome = extract("--model", "p", "--out", tmp_path / "p.csv", *images)
     assert outcome.is_one_line_error("p.pt has no softmax layer", "--out features.npz")
+    defaults = extract_features.parse_args(["--model", "l", "--images", "i"])
+    assert str(defaults.weights_dir) == "weights"
     assert extract("--model", "none", *images).is_one_line_error("no model none")
     assert extract("--model", "l", *images).is_one_line_error("nowhere does not exist")
     outcome = extract("--model", "l", "--out", "features.txt")

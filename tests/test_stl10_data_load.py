@@ -58,19 +58,16 @@ def command_for(raw, data=None):
     return "stl10_data_load", "--raw-dir", raw, "--data-dir", data
 
 
-def read_pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
 # ---- Folders of images ---------------------------------------------------------------
 def test_folders_and_tensors_hold_what_torchvision_reads(
     call, raw_dir, tmp_path, monkeypatch
 ):
-    data = tmp_path / "data"
+    defaults = stl10_data_load.parse_args([])
+    assert defaults.raw_dir.name == "raw_stl10"
+    data = tmp_path / defaults.data_dir
     outcome = call(*command_for(raw_dir, data))
     assert outcome.status == 0, outcome.err
-    assert outcome.out.endswith("data: 23 train, 11 test, 13 unlabelled\n")
+    assert outcome.out.endswith("stl10_data: 23 train, 11 test, 13 unlabelled\n")
 
     # torchvision accepts the release alone.
     monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
@@ -82,7 +79,8 @@ def test_folders_and_tensors_hold_what_torchvision_reads(
             folder = data / split
             if split != "unlabelled":
                 folder = folder / str(label + 1)
-            assert (read_pixels(folder / f"{index}.png") == np.asarray(image)).all()
+            with Image.open(folder / f"{index}.png") as written:
+                assert (np.asarray(written) == np.asarray(image)).all()
 
     # And read back, they are in the order of the release, which its folds refer to.
     reference = STL10(raw_dir, split="train")
@@ -372,6 +370,7 @@ def test_a_leftover_of_something_else_never_passes_for_the_archive(
 
 
 def test_a_silent_server_is_given_up(call, server, archive, tmp_path, monkeypatch):
+    assert stl10_data_load.TIMEOUT == 60
     monkeypatch.setattr(stl10_data_load, "TIMEOUT", 0.3)
     server.content = archive
     server.cut = 1000

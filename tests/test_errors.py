@@ -132,11 +132,6 @@ def test_numbers_that_do_not_go_with_the_images(call, tiny):
 
 
 # ---- Weights -------------------------------------------------------------------------
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo evil",)
-
-
 def write_bad_weights(folder):
     """Files that are no weights of ours; their names."""
     folder.mkdir()
@@ -146,7 +141,6 @@ def write_bad_weights(folder):
         "none": {"kind": "PIRL weights", "trunk": trunk, "settings": None},
         "foreign": {"kind": "something else"},
         "list": [1, 2],
-        "code": {"kind": "PIRL weights", "trunk": Evil()},
     }
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pt")
@@ -159,9 +153,7 @@ def write_bad_weights(folder):
 
 
 def test_weights_that_cannot_be_used(call, tiny, tmp_path):
-    names = write_bad_weights(tmp_path / "weights")
-    assert len(names) == 8
-    for name in names:
+    for name in write_bad_weights(tmp_path / "weights"):
         outcome = call("train_stl_after_ssl", *tiny, "--pirl-model-name", name)
         assert outcome.is_one_line_error(f"{name}.pt")
         assert "weights_only" not in outcome.err

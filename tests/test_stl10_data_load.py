@@ -332,24 +332,22 @@ def test_a_cut_download_is_mended_by_the_next_run(
     call, server, archive, tmp_path, checksum, ranges
 ):
     server.content = archive
-    server.cut = 20_000
+    server.cut = cut = len(archive) - 1
     server.ranges = ranges
     command = download_command(server, tmp_path)
     if checksum:
         command = (*command, "--md5", hashlib.md5(server.content).hexdigest())
     raw = tmp_path / "raw"
 
-    assert call(*command).is_one_line_error("20000 of", server.url)
+    assert call(*command).is_one_line_error(f"{cut} of", server.url)
     assert not (raw / "stl10_binary").exists()
     assert not (raw / "stl10_binary.tar.gz").exists()
     assert not (tmp_path / "data").exists()
 
     server.cut = None
     assert call(*command).status == 0
-    assert server.requests == [0, 20_000 if ranges else 0]
+    assert server.requests == [0, cut if ranges else 0]
     assert (raw / "stl10_binary.tar.gz").read_bytes() == server.content
-    size = (raw / "stl10_binary/unlabeled_X.bin").stat().st_size
-    assert size == COUNTS["unlabelled"] * 27648
 
 
 def test_leftover_of_a_larger_file_starts_over(call, server, archive, tmp_path):

@@ -351,6 +351,7 @@ def test_without_a_file_there_are_defaults():
     ("given", "message"),
     [
         ({"model_type": "res18"}, "exp.pt is of --model-type res34, not res18: leave"),
+        ({"model_type": "res50"}, "exp.pt is of --model-type res34, not res50: leave"),
         ({"stem": "imagenet"}, "exp.pt is of --stem small, not imagenet: leave"),
     ],
 )

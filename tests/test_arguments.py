@@ -221,7 +221,11 @@ RANGES = {
         "--patience-for-lr-decay": (0, None),
     },
     "extract_features": {"--image-size": (36, 224), "--batch-size": (1, 128)},
-    "pictures": {"--images": (1, 100)},
+    "pictures": {
+        "--images": (1, 100),
+        "--image-size": (36, 224),
+        "--colour-strength": (0, 2),
+    },
 }
 
 

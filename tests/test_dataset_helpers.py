@@ -609,8 +609,8 @@ def test_classes_are_folders_and_labels_their_places(tmp_path, capsys):
         f"note: a/, b/ in {tmp_path} will not be read",
         f"note: 1 files in {tmp_path / 'train'} are in no class and are not used",
         f"note: {tmp_path / 'train/empty'} holds no images and is left out",
-        f"note: 10 in {tmp_path / 'train'} has one image only: it trains, and "
-        "validation says nothing of that class",
+        f"note: 10 in {tmp_path / 'train'} has one image only: it is used "
+        "for training, and validation says nothing about that class",
     ]
 
 

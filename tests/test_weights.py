@@ -243,7 +243,9 @@ def test_safetensors(tmp_path, monkeypatch):
     assert same_trunk(weights["trunk"], resnet)
 
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"is damaged or no safetensors file .*: use"):
+    with pytest.raises(
+        UserError, match=r"is damaged or not a safetensors file .*: use"
+    ):
         read_weights(str(path), tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match=f"{path} .*: pip install safetensors"):

@@ -28,12 +28,10 @@ from records import (
     weights,
 )
 
-import dataset_helpers
 import evaluation
 import pirl_stl_train_test
 from augmentations import normalize
 from evaluation import knn_accuracy
-from runtime import devices
 
 CPU = torch.device("cpu")
 WARM_START = ("--warm-start", "--cont-epoch", 2)
@@ -43,11 +41,6 @@ WARM_START = ("--warm-start", "--cont-epoch", 2)
 def own_data(data_dir, tmp_path):
     """A copy of the images that a test may change. Its flag: --data-dir own_data."""
     return shutil.copytree(data_dir, tmp_path / "own")
-
-
-def rates_of(content):
-    """The learning rates of the epochs of a finished model."""
-    return [metrics["learning_rate"] for metrics in content["history"]]
 
 
 # ---- Files and seeds -----------------------------------------------------------------
@@ -100,16 +93,11 @@ def test_run_writes_what_the_readme_says(pretrain, tmp_path):
     assert unexpected == []
     assert content["settings"]["batch_size"] == 35
 
-    lines = table(tmp_path, "exp")
-    assert epochs_of(lines) == ["1", "2"]
-    columns = {"train_loss", "val_loss", "train_acc", "val_acc", "learning_rate"}
-    assert columns <= set(lines[0])
-    assert all(float(line["val_loss"]) > 0 for line in lines)
-
     # Row by row, and column by column, what the finished model has.
     path = tmp_path / "observations/exp_observations.csv"
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
+    assert len(rows) == 2
     assert header == [
         *("epoch", "train_loss", "val_loss", "train_acc", "val_acc", "learning_rate"),
         *("images_per_second", "knn_acc", "seconds"),
@@ -120,47 +108,6 @@ def test_run_writes_what_the_readme_says(pretrain, tmp_path):
 
     left = {file.name for file in (tmp_path / "weights").iterdir()}
     assert left == {"exp.pt", "exp.ckpt", ".exp.run.lock"}
-
-
-def test_same_seed_same_weights(pretrain, tmp_path):
-    assert pretrain("a", "--seed", 3, "--epochs", 1).status == 0
-    assert pretrain("b", "--seed", 3, "--epochs", 1).status == 0
-    assert pretrain("c", "--seed", 4, "--epochs", 1).status == 0
-
-    assert same_results(tmp_path, "a", "b")
-    a = parts_of(weights(tmp_path, "a"))
-    c = parts_of(weights(tmp_path, "c"))
-    assert not same(a, c)
-
-
-def test_at_most_so_many_images_validate(tiny, monkeypatch):
-    monkeypatch.setattr(dataset_helpers, "VALIDATION_IMAGES", 7)
-    trainer = make_trainer(tiny)
-    on_all_images = make_trainer([*tiny, "--only-train"])
-
-    assert trainer.train_count == 70
-    assert len(trainer.images) == 77
-    assert on_all_images.train_count == 100
-    assert len(on_all_images.images) == 100
-    for images in (trainer.images, on_all_images.images):
-        different = {image.numpy().tobytes() for image in images}
-        assert len(different) == len(images), "each of them once"
-
-
-def test_which_images_train_is_random_and_of_the_seed(tiny, data_dir):
-    files = dataset_helpers.list_images(data_dir / "unlabelled")
-    images, _ = dataset_helpers.load_images(files, 36, CPU, "images")
-    numbers = {image.numpy().tobytes(): i for i, image in enumerate(images)}
-
-    def order(seed):
-        images = make_trainer([*tiny, "--seed", seed]).images
-        return [numbers[image.numpy().tobytes()] for image in images]
-
-    first = order(3)
-    assert sorted(first) == list(range(100))
-    assert sorted(first[:70]) != list(range(70))
-    assert order(3) == first
-    assert sorted(order(4)[:70]) != sorted(first[:70])
 
 
 def test_too_few_images(pretrain, own_data):
@@ -200,28 +147,6 @@ def test_resume_is_exact_from_any_step(pretrain, finished, tmp_path, monkeypatch
         assert same(whole_run, halves)
 
 
-def test_resume_without_a_checkpoint_begins_and_says_so(pretrain):
-    outcome = pretrain("new", "--resume")
-    assert outcome.status == 0
-    assert "from the beginning" in outcome.out
-
-
-def test_a_flag_that_is_left_out_keeps_its_value(pretrain, tmp_path, monkeypatch):
-    flags = ("--lr", 0.1, "--non-linear-head", "--count-negatives", 20, "--beta", 0.9)
-    assert pretrain("whole", *flags).status == 0
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, signal.SIGTERM, 3)
-        assert pretrain("halves", *flags).status == 143
-
-    outcome = pretrain("halves", "--resume")
-    assert outcome.status == 0, outcome.err
-    assert same_results(tmp_path, "whole", "halves")
-    settings = weights(tmp_path, "halves")["settings"]
-    assert settings["lr"] == 0.1
-    assert settings["non_linear_head"] is True
-    assert settings["count_negatives"] == 20
-
-
 def test_more_epochs_for_a_finished_run(pretrain, finished, tmp_path):
     """The learning rate stays at its end, and the run says so."""
     finished("exp")
@@ -233,10 +158,9 @@ def test_more_epochs_for_a_finished_run(pretrain, finished, tmp_path):
     assert "from the end of epoch 2 on" in outcome.out
     assert "with --tmax-for-cos-decay 3 it would" in outcome.out
 
-    assert [float(line["learning_rate"]) for line in table(tmp_path, "exp")][2] == 0
     after = weights(tmp_path, "exp")
     assert epochs_of(after["history"]) == [1, 2, 3]
-    assert rates_of(after)[2] == 0
+    assert after["history"][2]["learning_rate"] == 0
     convolution = "conv1.weight"
     assert torch.equal(before["trunk"][convolution], after["trunk"][convolution])
 
@@ -277,6 +201,7 @@ def test_what_a_resumed_run_may_change_and_what_not(pretrain, finished, tmp_path
         "--colour-strength": 0.4,
         "--image-size": 40,
         "--deterministic": True,
+        "--warm-start": True,
     }
     flags = [part for pair in refused.items() for part in pair]
     outcome = pretrain("exp", *flags, "--resume")
@@ -300,14 +225,6 @@ def test_fewer_epochs_than_have_begun(pretrain, finished, tmp_path, monkeypatch)
     assert same_results(tmp_path, "whole", "halves")
 
 
-def test_a_longer_cosine_for_more_epochs(pretrain, finished, tmp_path):
-    finished("exp")
-    outcome = pretrain("exp", "--epochs", 3, "--tmax-for-cos-decay", 3, "--resume")
-    assert outcome.status == 0, outcome.err
-    assert "note: the learning rate is 0" not in outcome.out
-    assert rates_of(weights(tmp_path, "exp"))[2] > 0
-
-
 def test_more_epochs_under_one_cosine_are_as_if_made_in_one_go(
     pretrain, finished, tmp_path
 ):
@@ -322,34 +239,24 @@ def test_more_epochs_under_one_cosine_are_as_if_made_in_one_go(
 
 
 def test_precision_is_stored_resolved_and_kept(pretrain, tmp_path, monkeypatch):
-    """auto is what the machine has where the run begins.
+    """auto is what the machine has where the run begins, here as on most GPUs.
 
     Going on elsewhere does not change the arithmetic unsaid.
     """
-
-    def precision_now():
-        return weights(tmp_path, "exp")["settings"]["precision"]
-
     with monkeypatch.context() as patch:
-        # As on most GPUs.
         patch.setattr(
             pirl_stl_train_test, "choose_precision", lambda args, device: "bf16"
         )
-        assert pretrain("exp", "--epochs", 1, "--resume").status == 0
-    assert precision_now() == "bf16"
+        outcome = pretrain("exp", "--epochs", 1, "--resume")
+    assert outcome.status == 0
+    assert "from the beginning" in outcome.out, "there was nothing to resume"
 
-    outcome = pretrain("exp", "--epochs", 2, "--resume")
-    assert outcome.status == 0, outcome.err
-    assert "--precision was bf16, is fp32" not in outcome.out
-    assert precision_now() == "bf16"
-
-    outcome = pretrain("exp", "--epochs", 3, "--precision", "fp32", "--resume")
-    assert outcome.status == 0, outcome.err
-    assert "--precision was bf16, is fp32" in outcome.out
-    assert precision_now() == "fp32"
-
-    args = pirl_stl_train_test.make_parser().parse_args([])
-    assert devices.choose_precision(args, CPU) == "fp32"
+    note = "--precision was bf16, is fp32"
+    for flags, kept in (((), "bf16"), (("--precision", "fp32"), "fp32")):
+        outcome = pretrain("exp", "--epochs", 2, *flags, "--resume")
+        assert outcome.status == 0, outcome.err
+        assert (note in outcome.out) == (kept == "fp32")
+        assert weights(tmp_path, "exp")["settings"]["precision"] == kept
 
 
 # ---- Warm start ----------------------------------------------------------------------
@@ -379,10 +286,12 @@ def test_a_warm_start_from_another_model_replaces_no_run(pretrain, finished, tmp
 
 
 def test_warm_start_under_its_own_name(pretrain, finished, tmp_path):
-    """The CSV goes on."""
+    """The CSV goes on, by the model's own record of the epochs before."""
     finished("first")
     before = weights(tmp_path, "first")
     first_line = table(tmp_path, "first")[0]
+    path = tmp_path / "observations/first_observations.csv"
+    path.write_bytes(b"epoch\n\xff\n")
 
     outcome = pretrain("first", *WARM_START)
     assert outcome.status == 0, outcome.err
@@ -393,16 +302,13 @@ def test_warm_start_under_its_own_name(pretrain, finished, tmp_path):
     after = weights(tmp_path, "first")
     assert not same(before["trunk"], after["trunk"])
     assert epochs_of(after["history"]) == [1, 2]
-    for metrics in after["history"]:
-        for value in metrics.values():
-            assert value is None or type(value) in (int, float)
 
 
 @pytest.mark.parametrize("killed", ["before", "after"])
 def test_a_warm_started_run_resumes_itself(pretrain, tmp_path, monkeypatch, killed):
     """Killed before or after its first step, it goes on from its own beginning.
 
-    It does so without the flags of a warm start.
+    It does so without the first run's flags.
     """
     assert pretrain("exp", "--lr", 0.1).status == 0
     earlier_files = shutil.copytree(tmp_path / "weights", tmp_path / "saved")
@@ -420,43 +326,13 @@ def test_a_warm_started_run_resumes_itself(pretrain, tmp_path, monkeypatch, kill
             signal_in_step(patch, signal.SIGINT, 1)
         assert pretrain("exp", "--lr", 0.1, *WARM_START).status == 130
 
-    outcome = pretrain("exp", "--lr", 0.1, "--resume")
+    outcome = pretrain("exp", "--resume")
     assert outcome.status == 0, outcome.err
     resumed = weights(tmp_path, "exp")
     assert same(parts_of(whole), parts_of(resumed))
     assert epochs_of(table(tmp_path, "exp")) == ["1", "2"]
     assert resumed["settings"]["warm_start"] is True
-
-
-def test_a_warm_start_does_not_resume_the_run_before_it(
-    pretrain, finished, tmp_path, monkeypatch
-):
-    """Killed before it has written anything, --resume finds the earlier run's file."""
-    finished("exp")
-    before = (tmp_path / "weights/exp.ckpt").read_bytes()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pirl_stl_train_test, "read_weights", interrupted)
-        assert pretrain("exp", *WARM_START).status == 130
-    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
-
-    outcome = pretrain("exp", *WARM_START, "--resume")
-    assert outcome.is_one_line_error("--warm-start was False, is True")
-
-
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "epoch\n\xff\n"])
-def test_a_warm_start_needs_no_csv(pretrain, tmp_path, content):
-    """The epochs before it are those of the model's own record."""
-    assert pretrain("exp", "--epochs", 1).status == 0
-    before = table(tmp_path, "exp")
-    path = tmp_path / "observations/exp_observations.csv"
-    path.write_bytes(content.encode("latin1"))
-
-    outcome = pretrain("exp", *WARM_START)
-    assert outcome.status == 0, outcome.err
-    lines = table(tmp_path, "exp")
-    assert epochs_of(lines) == ["1", "2"]
-    assert lines[:1] == before
+    assert resumed["settings"]["lr"] == 0.1
 
 
 # ---- Flags ---------------------------------------------------------------------------
@@ -484,12 +360,6 @@ def test_flags(pretrain, tmp_path, flags):
     if flags == "--only-train":
         assert f"{COUNTS['unlabelled']} training images" in outcome.out
         assert table(tmp_path, "exp")[0]["val_loss"] == ""
-
-
-def test_an_empty_model_name_is_refused(pretrain):
-    """As from a shell variable that is not set."""
-    outcome = pretrain("exp", "--warm-start", "--pirl-model-name", "")
-    assert outcome.is_one_line_error("--pirl-model-name", "empty", status=2)
 
 
 def test_compiled_code_serves_full_batches_alone(tiny):
@@ -523,20 +393,6 @@ def test_compiled_code_serves_full_batches_alone(tiny):
         batch_shapes.extend(shape for shape in shapes if shape[0] in (16, 144))
     assert sorted(batch_shapes) == [(16, 3, 36, 36), (144, 3, 11, 11)]
     assert len(compiled) == 2
-
-
-def test_bf16_on_cpus(tiny):
-    """Its gradients are those of float32, where layer3 and layer4 see 1 × 1 too."""
-    gradients = []
-    for precision in ("fp32", "bf16"):
-        flags = ("--precision", precision, "--image-size", 64)
-        trainer = make_trainer([*tiny, *flags])
-        trainer.train_step(torch.arange(16), trainer.epoch_uniforms(1), 1, 0)
-        flat = [parameter.grad.flatten() for parameter in trainer.model.parameters()]
-        gradients.append(torch.cat(flat))
-
-    # bf16 has 8 bits.
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
 
 
 # ---- Ranks ---------------------------------------------------------------------------
@@ -579,8 +435,6 @@ def test_rank_0_alone_measures_logs_and_exports(pretrain, tmp_path, monkeypatch)
 
 
 # ---- The kNN monitor and TensorBoard -------------------------------------------------
-
-
 def test_the_monitor_is_in_the_csv_and_reads_no_test_image(
     pretrain, tmp_path, own_data, monkeypatch
 ):
@@ -608,14 +462,12 @@ def test_the_monitor_is_in_the_csv_and_reads_no_test_image(
     assert "kNN" in outcome.out
 
 
-def test_training_does_not_notice_the_monitor(pretrain, tmp_path):
-    for name, every in (("with", 1), ("without", 0)):
-        outcome = pretrain(name, "--knn-every", every)
-        assert outcome.status == 0, outcome.err
-
-    with_monitor = weights(tmp_path, "with")["trunk"]
-    without = weights(tmp_path, "without")["trunk"]
-    assert same(with_monitor, without)
+def test_training_does_not_notice_the_monitor(pretrain, finished, tmp_path):
+    finished("whole")
+    outcome = pretrain("often", "--knn-every", 1)
+    assert outcome.status == 0, outcome.err
+    trunks = [weights(tmp_path, name)["trunk"] for name in ("often", "whole")]
+    assert same(*trunks)
 
 
 def test_the_monitor_measures_the_exported_features(pretrain, tiny, tmp_path):
@@ -686,20 +538,13 @@ def test_tensorboard_has_the_numbers_of_the_csv(pretrain, tmp_path, monkeypatch)
 
 
 # ---- Learning ------------------------------------------------------------------------
-
-
 def write_patterns(folder):
     """64 images to tell apart: eight hues by eight patterns of stripes and checks."""
-    y, x = np.mgrid[:96, :96] / 96
-    up = np.sin(8 * np.pi * x) > 0
-    across = np.sin(8 * np.pi * y) > 0
-    fine_up = np.sin(18 * np.pi * x) > 0
-    fine_across = np.sin(18 * np.pi * y) > 0
-    slanted = np.sin(8 * np.pi * (x + y)) > 0
-    plain = x < 2
-    checks = up ^ across
-    fine_checks = fine_up ^ fine_across
-    patterns = [plain, up, across, checks, fine_up, fine_across, fine_checks, slanted]
+    y, x = np.mgrid[:96, :96] * np.pi / 96
+    up, across = np.sin(8 * x) > 0, np.sin(8 * y) > 0
+    fine_up, fine_across = np.sin(18 * x) > 0, np.sin(18 * y) > 0
+    patterns = [x >= 0, up, across, up ^ across]
+    patterns += [fine_up, fine_across, fine_up ^ fine_across, np.sin(8 * (x + y)) > 0]
 
     folder.mkdir(parents=True)
     for number in range(64):

@@ -1,7 +1,7 @@
 """Tables and reports: made of real runs, small ones; and the synthetic images."""
 
 import itertools
-import shlex
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -294,11 +294,6 @@ def test_equal_time(run_here, without_lightly, data_dir, tmp_path):
     for row in rows[3:]:
         assert row[7:] == ["diverged"] * 3
 
-    # The printed command makes the same table.
-    printed = next(line for line in lines if "python -m benchmarks.equal_time" in line)
-    args = equal_time.parse_args(shlex.split(printed)[3:])
-    assert vars(args) == vars(equal_time.parse_args(arguments)) | {"precision": "fp32"}
-
     weights = tmp_path / "results/data_0.05_minutes/weights"
     trained = torch.load(weights / "MeanSquare_0.1_plain_0.pth", weights_only=True)
     pirl = torch.load(weights / "pirl_0.pt", weights_only=True)
@@ -308,12 +303,49 @@ def test_equal_time(run_here, without_lightly, data_dir, tmp_path):
     tuned = torch.load(weights / "from_MeanSquare_0.1_plain_0.pt", weights_only=True)
     for name, value in trained["state_dict"].items():
         assert torch.equal(tuned["trunk"][name.removeprefix("backbone.")], value), name
-    torch.manual_seed(0)
-    start, _ = make_trunk("res18", zero_init=False)
-    assert not start.conv1.weight.equal(tuned["trunk"]["conv1.weight"])
 
     with pytest.raises(UserError, match="was made with other settings: remove"):
         equal_time.main([*arguments, "--workers", "1"])
+
+
+@pytest.mark.parametrize("method", ["MeanSquare", "Diverging"])
+def test_a_peer_trains_for_its_time(without_lightly, data_dir, monkeypatch, method):
+    """Of whole batches, by half a cosine; a look at this clock takes a second."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(equal_time, "time", clock)
+    optimizers = []
+    rates = []
+
+    def make_optimizer(parameters, lr, weight_decay):
+        assert weight_decay == 5e-4
+        optimizers.append(devices.make_optimizer(parameters, lr, weight_decay))
+        return optimizers[0]
+
+    def before_step(model):
+        rates.append(optimizers[0].param_groups[0]["lr"])
+
+    monkeypatch.setattr(equal_time, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(equal_time.METHODS[method], "before_step", before_step)
+    flags = ["--data-dir", str(data_dir), "--image-size", "36", "--workers", "0"]
+    args = equal_time.parse_args([*flags, "--precision", "fp32"])
+    variant = equal_time.Variant(method, 0.1, False)
+    run = equal_time.pretrain_peer(args, torch.device("cpu"), variant, 3, limit=12)
+
+    # Batches of 16 of 100 images: six in an epoch. Every tenth loss is looked at.
+    steps = 11 if method == "MeanSquare" else 10
+    assert run["image_count"] == 16 * steps
+    expected = [0.05 * (1 + math.cos(math.pi * second / 12)) for second in range(1, 12)]
+    assert rates == pytest.approx(expected[:steps])
+    assert run["diverged"] == (method == "Diverging")
+    assert run["seconds"] >= 12 or run["diverged"]
+    torch.manual_seed(3)
+    start, _ = make_trunk("res18", zero_init=False)
+    trained = run["state_dict"]["backbone.conv1.weight"]
+    assert start.conv1.weight.shape == trained.shape
+    assert not start.conv1.weight.equal(trained)
+    if not run["diverged"]:
+        statistics = run["state_dict"]["backbone.bn1.num_batches_tracked"]
+        assert statistics == math.ceil(100 / 16), "of all images, as they are"
 
 
 def test_equal_time_chooses_by_validation_and_runs_all_seeds(
@@ -340,13 +372,20 @@ def test_equal_time_chooses_by_validation_and_runs_all_seeds(
     monkeypatch.setattr(equal_time, "run_peer", run_peer)
     rates = {"MeanSquare": (0.1, 0.5), "Diverging": (0.02, 0.1, 0.5)}
     monkeypatch.setattr(equal_time, "LEARNING_RATES", rates)
-    equal_time.main(["--device", "cpu", "--seeds", "3"])
+    flags = "--device cpu --seeds 3 --minutes 7.5 --workers 5 --image-size 40".split()
+    equal_time.main(flags)
     for method, its_rates in rates.items():
         own = [(variant, seed) for variant, seed in peers if variant.method == method]
         variants = [(True, lr) for lr in its_rates] + [(False, lr) for lr in its_rates]
         expected = [(equal_time.Variant(method, lr, init), 0) for init, lr in variants]
         best = equal_time.Variant(method, 0.5, True)
         assert own == [*expected, (best, 1), (best, 2)]
+
+    # The printed command makes the same table.
+    text = (tmp_path / "results/stl10_data_7.5_minutes.md").read_text("utf-8")
+    (printed,) = [line for line in text.splitlines() if "python -m" in line]
+    args = equal_time.parse_args(shlex.split(printed)[3:])
+    assert vars(args) == vars(equal_time.parse_args(flags)) | {"precision": "fp32"}
 
 
 def made_up_result(method, lr, zero_init, seed, validation, test=0.1):
@@ -438,15 +477,19 @@ def write_model(path, trunk, accuracies):
     torch.save({"settings": {"pirl_model_name": trunk}, "results": accuracies}, path)
 
 
+def compared(tmp_path, capsys, random, pirl):
+    """The lines of the table of two models with these accuracies."""
+    write_model(tmp_path / "a.pt", None, random)
+    write_model(tmp_path / "b.pt", "exp", pirl)
+    compare.main(["--weights-dir", str(tmp_path), "a", "b"])
+    return capsys.readouterr().out.splitlines()
+
+
 def test_compare(tmp_path, capsys):
     """The reference's rows, and kNN below them; the two trunks beside each other."""
     random = {"knn": (0.3, 0.31), "softmax": (0.4, 0.41), "full": (0.5, 0.51)}
     pirl = {"knn": (0.6, 0.61), "softmax": (0.7, 0.71), "full": (0.8, 0.81)}
-    write_model(tmp_path / "a.pt", None, random)
-    write_model(tmp_path / "b.pt", "exp", pirl)
-    compare.main(["--weights-dir", str(tmp_path), "a", "b"])
-
-    assert capsys.readouterr().out.splitlines() == [
+    assert compared(tmp_path, capsys, random, pirl) == [
         "Fine tuning strategy | val, random trunk | val, PIRL trunk"
         " | test, random trunk | test, PIRL trunk",
         "--- | --- | --- | --- | ---",
@@ -459,18 +502,12 @@ def test_compare(tmp_path, capsys):
 def test_compare_what_there_is(tmp_path, capsys):
     """Without test images, and where not all stages were gone through."""
     random = {"knn": (0.3, None), "softmax": (0.4, None)}
-    write_model(tmp_path / "a.pt", None, random)
-    write_model(tmp_path / "b.pt", "exp", random)
-    compare.main(["--weights-dir", str(tmp_path), "a", "b"])
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "Only softmax layer is fine tuned | 40.00 % | 40.00 % | none | none",
-        "kNN | 30.00 % | 30.00 % | none | none",
-    ]
-
-    write_model(tmp_path / "b.pt", "exp", {**random, "full": (0.8, None)})
-    compare.main(["--weights-dir", str(tmp_path), "a", "b"])
-    full = capsys.readouterr().out.splitlines()[3]
-    assert full == "Full model is fine tuned |  | 80.00 % |  | none"
+    pirl = {**random, "full": (0.8, None)}
+    softmax = "Only softmax layer is fine tuned | 40.00 % | 40.00 % | none | none"
+    full = "Full model is fine tuned |  | 80.00 % |  | none"
+    knn = "kNN | 30.00 % | 30.00 % | none | none"
+    assert compared(tmp_path, capsys, random, random)[2:] == [softmax, knn]
+    assert compared(tmp_path, capsys, random, pirl)[2:] == [softmax, full, knn]
 
 
 def test_compare_refuses_other_models(tmp_path):
@@ -504,15 +541,8 @@ def test_throughput(monkeypatch, capsys):
         assert float(speed) > 0
         assert float(time_ratio) > 0
 
-
-def test_throughput_of_other_pretext_tasks(monkeypatch, capsys):
-    """The conventional pipeline has jigsaw puzzles alone."""
-    monkeypatch.setattr(throughput, "IMAGES", 32)
-    flags = [*TINY, "--batch-size", "8", "--rounds", "1", "--pretext", "rotation"]
-    throughput.main([*flags, "--conventional", "False"])
-    assert "training step | " in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        throughput.main(flags)
+        throughput.main([*TINY, "--pretext", "rotation"])
     assert "use --conventional False" in capsys.readouterr().err
 
 
@@ -546,7 +576,7 @@ def test_the_figures_of_throughput(monkeypatch, precision, dtype):
         changed.setattr(throughput, "product_rate", made_up_rate)
         changed.setattr(throughput, "timed", lambda *_: (next(seconds), 0.5))
         flags = "--image-size 36 --device cpu --steps 6 --batch-size 8 --rounds 2"
-        flags += f" --conventional False --precision {precision}"
+        flags += f" --conventional False --pretext rotation --precision {precision}"
         result = throughput.measure(throughput.parse_args(flags.split()))
 
     speeds = {"bare network": [48, 24], "training step": [16, 12]}
@@ -607,15 +637,9 @@ def test_the_conventional_pipeline_s_views_are_those_of_the_step():
     images = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
     per_image = throughput.PerImageViews(images)
-    indices = []
-    image_views = []
-    patch_views = []
-    for i in range(100):
-        index, image_view, patches = per_image[i]
-        indices.append(index)
-        image_views.append(image_view)
-        patch_views.append(patches)
-    assert indices == list(range(100))
+    items = [per_image[i] for i in range(100)]
+    indices, image_views, patch_views = zip(*items, strict=True)
+    assert indices == tuple(range(100))
 
     uniforms = torch.rand(100, augmentations.IMAGE_VIEW_UNIFORMS)
     project_images = augmentations.ImageView()(images.float(), uniforms)
@@ -629,50 +653,6 @@ def test_the_conventional_pipeline_s_views_are_those_of_the_step():
         assert conventional.shape == project.shape
         assert (conventional.mean() - project.mean()).abs() < 0.1
         assert 0.8 < conventional.std() / project.std() < 1.25
-
-
-@pytest.mark.slow
-def test_gpu_report(monkeypatch, tmp_path, capsys):
-    """On a CPU, with everything small.
-
-    What fails, here for want of a compiler, is named, and the rest goes on.
-    """
-    monkeypatch.setattr(throughput, "IMAGES", 32)
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    monkeypatch.setattr(gpu_report, "run_cuda_tests", lambda: "9 skipped")
-    monkeypatch.chdir(tmp_path)
-    gpu_report.main([*TINY, "--batch-sizes", "8", "--images", "40"])
-
-    first_line = capsys.readouterr().out.splitlines()[0]
-    assert "4 measurements of speed" in first_line
-    assert "ten minutes" in first_line
-
-    lines = (tmp_path / "results/gpu_CPU.md").read_text("utf-8").splitlines()
-    assert "`tests/test_cuda.py`: 9 skipped" in lines
-    rows = [line.split(" | ") for line in lines if line.startswith("8 | ")]
-    assert [row[:3] for row in rows] == [
-        ["8", "fp32", "eager"],
-        ["8", "fp32", "compiled"],
-        ["8", "bf16", "eager"],
-        ["8", "bf16", "compiled"],
-    ]
-    for row in rows:
-        if row[2] == "compiled":
-            failure = "failed: UserError: --compile needs a C++ compiler"
-            assert row[3].startswith(failure)
-        else:
-            assert len(row) == 8
-            assert float(row[3]) > 0
-
-    epochs = [line.split(" | ") for line in lines if line.startswith("40 | ")]
-    assert len(epochs) == 2
-    for row in epochs:
-        assert len(row) == 5
-        assert float(row[3]) > 0
-
-    for headings, rule in itertools.pairwise(lines):
-        if "---" in rule:
-            assert headings.count("|") == rule.count("|")
 
 
 @pytest.mark.parametrize(
@@ -690,32 +670,22 @@ def test_gpu_report_s_precisions_are_those_of_the_card(
     assert gpu_report.precisions_of(torch.device("cpu")) == ["fp32", "bf16"]
 
 
-class FakeSubprocess:
-    """In the place of the module: every process writes `out` and ends."""
-
-    PIPE = None
-
-    def __init__(self, out):
-        self.out = out
-
-    def run(self, command, **options):
-        return SimpleNamespace(stdout=self.out)
-
-
 def test_gpu_report_takes_an_epoch_by_the_defaults_and_by_the_fastest(
     monkeypatch, tmp_path
 ):
     measured = []
     epochs = []
 
-    def measure_speed(steps, flags):
-        assert steps == 3
-        measured.append(flags)
-        if len(measured) == 4:
+    def measure(args):
+        assert (args.steps, args.rounds, args.conventional) == (3, 3, False)
+        assert (args.device, args.image_size) == ("cpu", 36)
+        measured.append((args.batch_size, args.precision, args.compile))
+        if len(measured) == 6:
             raise RuntimeError("a | b\nmore")
-        speed = (5, 9, 7)[len(measured) - 1]
+        speed = (5, 7, 8, 5, 9)[len(measured) - 1]
+        speeds = [speed, speed, 100]  # of which the median counts
         return {
-            "speeds": {"bare network": [1.0], "training step": [speed]},
+            "speeds": {"bare network": [1.0], "training step": speeds},
             "ratios": {"bare network": 1.0, "training step": 0.5},
             "memory": 2.0,
             "rate": 3.0,
@@ -729,34 +699,32 @@ def test_gpu_report_takes_an_epoch_by_the_defaults_and_by_the_fastest(
     common = ["--device", "cpu", "--image-size", "36"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu_report, "run_cuda_tests", lambda: "9 skipped")
-    monkeypatch.setattr(gpu_report, "measure_speed", measure_speed)
+    monkeypatch.setattr(throughput, "measure", measure)
     with monkeypatch.context() as changed:
         changed.setattr(gpu_report, "epoch_cells", epoch_cells)
-        flags = ["--batch-sizes", "8", "--images", "40", "--steps", "3"]
+        flags = ["--batch-sizes", "8", "16", "--images", "40", "--steps", "3"]
         gpu_report.main([*common, *flags])
 
-    batch = ["--batch-size", "8"]
     assert measured == [
-        [*common, *batch, "--precision", precision, "--compile", compiled]
+        (batch, precision, compiled)
+        for batch in (8, 16)
         for precision in ("fp32", "bf16")
-        for compiled in ("False", "True")
+        for compiled in (False, True)
     ]
-    assert epochs == [(40, [*common, *batch]), (40, measured[1])]
+    default = ["--batch-size", "8"]
+    fastest = ["--batch-size", "16", "--precision", "fp32", "--compile", "False"]
+    assert epochs == [(40, [*common, *default]), (40, [*common, *fastest])]
     lines = (tmp_path / "results/gpu_CPU.md").read_text("utf-8").splitlines()
-    assert "8 | fp32 | compiled | 9 | 0.500 | 2.00 GiB | 3.0 | 25.0%" in lines
-    assert "8 | bf16 | compiled | failed: RuntimeError: a / b" in lines
-    assert f"40 | {' '.join(batch)} | 1.0 | 1.7 | 2.00 GiB" in lines
+    assert "`tests/test_cuda.py`: 9 skipped" in lines
+    assert "8 | fp32 | compiled | 7 | 0.500 | 2.00 GiB | 3.0 | 25.0%" in lines
+    assert "16 | fp32 | compiled | failed: RuntimeError: a / b" in lines
+    assert f"40 | {' '.join(default)} | 1.0 | 1.7 | 2.00 GiB" in lines
+    for headings, rule in itertools.pairwise(lines):
+        assert "---" not in rule or headings.count("|") == rule.count("|")
 
-    counts = []
-
-    def timed(step, count):
-        counts.append(count)
-        return 90.0, 1.5
-
-    monkeypatch.setattr(throughput, "timed", timed)
+    monkeypatch.setattr(throughput, "timed", lambda step, count: (30.0 * count, 1.5))
     cells = gpu_report.epoch_cells(40, [*common, "--batch-size", "16"])
-    assert cells == "90.0 | 150.0 | 1.50 GiB"
-    assert counts == [3]
+    assert cells == "90.0 | 150.0 | 1.50 GiB", "of three steps"
 
 
 def test_gpu_report_names_the_tests_that_fail(monkeypatch):
@@ -766,7 +734,9 @@ def test_gpu_report_names_the_tests_that_fail(monkeypatch):
         (f"F.\n{failure}\n{summary}\n", f"{failure}; {summary}"),
         ("", "not run: there is no pytest (pip install pytest)"),
     ):
-        monkeypatch.setattr(gpu_report, "subprocess", FakeSubprocess(out))
+        result = SimpleNamespace(stdout=out)
+        fake = SimpleNamespace(PIPE=None, run=lambda *_, result=result, **__: result)
+        monkeypatch.setattr(gpu_report, "subprocess", fake)
         assert gpu_report.run_cuda_tests() == text
 
 

@@ -216,9 +216,8 @@ def thin_trunk(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, so that no process is left with one of them at the end."""
-    longest = ("test_faults_are_survived", "test_overfits_64_images")
-    items.sort(key=lambda item: not item.name.startswith(longest))
+    """The longest first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: not item.name.startswith("test_faults_are_survived"))
 
 
 def pytest_collection_finish():

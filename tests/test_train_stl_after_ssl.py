@@ -14,7 +14,6 @@ from conftest import ThinResNet
 from PIL import Image
 from records import (
     checkpoint,
-    interrupted,
     parts_of,
     same,
     signal_in,
@@ -435,18 +434,6 @@ def test_resume_is_exact_from_any_step(tune, whole, tmp_path, monkeypatch):
         assert_same_run(tmp_path, "whole", name)
 
 
-def test_a_kill_after_the_steps_loses_nothing(tune, whole, tmp_path, monkeypatch):
-    """The last epoch's checkpoint is written before its validation."""
-    often = ("--checkpoint-minutes", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuningTrainer, "finished_model", interrupted)
-        assert tune("killed", *whole, *often).status == 130
-    training = checkpoint(tmp_path, "killed")["training"]
-    assert (training["epoch"], training["step"]) == (3, 3)
-    assert tune("killed", *whole, "--resume").status == 0
-    assert_same_run(tmp_path, "whole", "killed")
-
-
 def test_a_signal_during_validation_waits_for_its_end(
     tune, whole, tmp_path, monkeypatch
 ):
@@ -659,12 +646,6 @@ def test_a_folder_of_validation_images(tune, zoo, tmp_path, name):
 
     (zoo / "fold_indices.txt").write_text("0 3 7 12 49\n")
     assert tune("other", "--folds").is_one_line_error("fold_indices.txt", "0 to 48")
-
-
-def test_a_batch_of_more_images_than_there_are_to_train_on(tune):
-    outcome = tune("exp", "--batch-size", 41)
-    assert outcome.is_one_line_error("--batch-size 41 is more than the 40 images")
-    assert tune("exp", "--batch-size", 40).status == 0
 
 
 # ---- Where the trunk comes from ------------------------------------------------------

@@ -1,5 +1,6 @@
 """Tables and reports: made of real runs, small ones; and the synthetic images."""
 
+import copy
 import itertools
 import math
 import shlex
@@ -7,11 +8,12 @@ import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
 import torch
+from records import same
 from torchvision.transforms.functional import to_tensor
 
 import augmentations
@@ -115,13 +117,12 @@ def made_up_run(trunk, seed):
     for stage in STAGES if trunk else ():
         pair = [made_up_accuracy(trunk, seed, stage, split) for split in (0, 1)]
         results_of[stage] = tuple(pair)
-    of_epochs = [120.0, 60.0 + 12 * seed]
     return {
         "images": 70,
         "machine": "a machine",
         "history": [
-            {"epoch": 1, "seconds": seconds, "train_loss": 1.0, "knn_acc": None}
-            for seconds in of_epochs
+            {"epoch": 1, "seconds": 120.0, "train_loss": 2.0, "knn_acc": None},
+            {"epoch": 2, "seconds": 60.0 + 12 * seed, "train_loss": 1, "knn_acc": 0.3},
         ],
         "results": results_of,
         "seconds": {
@@ -146,6 +147,10 @@ def test_results_run_the_recommended_commands_and_each_column_has_its_runs(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "finished_run", finished_run)
+    figure = MagicMock()
+    panels = [MagicMock(), MagicMock()]
+    figure.return_value.subplots.return_value = panels
+    monkeypatch.setattr(results, "import_figure", lambda: figure)
     arguments = ["--data-dir", "data", "--seeds", "2", "--epochs", "7"]
     arguments += ["--labelled-epochs", "9"]
     arguments += ["--flags=--stem small", "--labelled-flags=--full-lr 0.5"]
@@ -196,6 +201,9 @@ def test_results_run_the_recommended_commands_and_each_column_has_its_runs(
     ):
         assert row in lines
 
+    for panel, curve in zip(panels, (([1, 2], [2.0, 1]), ([2], [0.3])), strict=True):
+        assert [drawn.args for drawn in panel.plot.call_args_list] == [curve] * 2
+
     command = "python pirl_stl_train_test.py --data-dir data --epochs 7"
     assert f"    {command} --only-train True --stem small" in lines
 
@@ -232,6 +240,7 @@ class MeanSquare(torch.nn.Module):
         return self.backbone(view)
 
     def loss(self, outputs):
+        assert len(outputs[0]) == equal_time.BATCH_SIZE, "a batch is whole"
         return (outputs[0] - outputs[1]).square().mean()
 
     def before_step(self):
@@ -270,6 +279,7 @@ def test_a_peer_trains_for_its_time(without_lightly, data_dir, monkeypatch, meth
     monkeypatch.setattr(equal_time, "time", clock)
     optimizers = []
     rates = []
+    starts = []
 
     def make_optimizer(parameters, lr, weight_decay):
         assert weight_decay == 5e-4
@@ -278,6 +288,7 @@ def test_a_peer_trains_for_its_time(without_lightly, data_dir, monkeypatch, meth
 
     def before_step(model):
         rates.append(optimizers[0].param_groups[0]["lr"])
+        starts.append(copy.deepcopy(model.backbone.state_dict()))
 
     monkeypatch.setattr(equal_time, "make_optimizer", make_optimizer)
     monkeypatch.setattr(equal_time.METHODS[method], "before_step", before_step)
@@ -294,10 +305,10 @@ def test_a_peer_trains_for_its_time(without_lightly, data_dir, monkeypatch, meth
     assert run["diverged"] == (method == "Diverging")
     assert run["seconds"] >= 12 or run["diverged"]
     torch.manual_seed(3)
-    start, _ = make_trunk("res18", zero_init=False)
+    trunk, _ = make_trunk("res18", zero_init=False)
+    assert same(dict(starts[0]), dict(trunk.state_dict()))
     trained = run["state_dict"]["backbone.conv1.weight"]
-    assert start.conv1.weight.shape == trained.shape
-    assert not start.conv1.weight.equal(trained)
+    assert not trunk.conv1.weight.equal(trained)
     if not run["diverged"]:
         statistics = run["state_dict"]["backbone.bn1.num_batches_tracked"]
         assert statistics == math.ceil(100 / 16), "of all images, as they are"
@@ -377,8 +388,10 @@ def test_equal_time_chooses_by_validation_and_runs_all_seeds(
         best = equal_time.Variant(method, 0.5, True)
         assert own == [*expected, (best, 1), (best, 2)]
 
-    # The printed command makes the same table.
+    # A row per run, and the printed command makes the same table.
     text = (tmp_path / "results/stl10_data_7.5_minutes.md").read_text("utf-8")
+    row = "MeanSquare | 0.5 | yes | 1 | 1280 | 1.0 | 21 | 20.00 % | 40.00 % | 10.00 %"
+    assert row in text.splitlines()
     (printed,) = [line for line in text.splitlines() if "python -m" in line]
     args = equal_time.parse_args(shlex.split(printed)[3:])
     expected = equal_time.parse_args([*flags.split(), "--precision", "fp32"])
@@ -739,13 +752,14 @@ def test_gpu_report_names_the_tests_that_fail(monkeypatch):
 
 # ---- Synthetic images ----------------------------------------------------------------
 def test_synthetic_set(tmp_path):
-    counts = {"train": 11, "test": 10, "unlabelled": 3}
+    counts = {"train": 10, "test": 10, "unlabelled": 3}
     content = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         synthetic.write_synthetic(tmp_path / name, counts, seed)
         content[name] = (tmp_path / name / "train_X.bin").read_bytes()
     assert content["a"] == content["b"]
     assert content["a"] != content["c"]
+    assert content["a"] != (tmp_path / "a/test_X.bin").read_bytes()
 
     counts = {"train": 200, "test": 10, "unlabelled": 3}
     synthetic.write_synthetic(tmp_path / "raw", counts, 1)
@@ -781,15 +795,20 @@ def test_a_synthetic_label_is_that_of_its_image_s_pattern(tmp_path, monkeypatch)
         synthetic.synthetic_image(label, np.random.default_rng(0))
     assert drawn == list(range(10))
 
-    def plain(label, rng):
-        return np.full((96, 96, 3), 20 * label, np.uint8)
+    def two_halves(label, rng):
+        image = np.full((96, 96, 3), 20 * label, np.uint8)
+        image[:, 48:] += np.uint8([1, 2, 3])  # the right half, in another colour
+        return image
 
-    monkeypatch.setattr(synthetic, "synthetic_image", plain)
+    monkeypatch.setattr(synthetic, "synthetic_image", two_halves)
     counts = {"train": 30, "test": 20, "unlabelled": 10}
     synthetic.write_synthetic(tmp_path / "raw", counts, 0)
     for split in ("train", "test"):
         images_name, labels_name = SPLITS[split]
         images = np.fromfile(tmp_path / "raw" / images_name, np.uint8)
         labels = np.fromfile(tmp_path / "raw" / labels_name, np.uint8)
-        first_pixels = images.reshape(len(labels), -1)[:, 0]
-        assert (first_pixels == 20 * (labels - 1)).all()
+        columns = images.reshape(len(labels), 3, 96, 96)
+        base = 20 * (labels[:, None, None, None] - 1)
+        assert (columns[:, :, :48] == base).all()
+        right = base + np.uint8([1, 2, 3])[:, None, None]
+        assert (columns[:, :, 48:] == right).all()

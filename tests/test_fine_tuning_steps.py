@@ -20,6 +20,7 @@ from records import weights
 
 import dataset_helpers
 import train_stl_after_ssl
+from runtime.experiment import TrainingState
 from runtime.randomness import ORDER, VIEWS, make_generator
 from runtime.weights import choose_architecture, read_weights
 
@@ -154,6 +155,7 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     rates = []
     trainers = []
     sums = []
+    seconds = []
     results = [(1.0, 0.3), (2.0, 0.5), (3.0, 0.2), (4.0, 0.5)]
 
     def after_step(arguments, totals):
@@ -169,6 +171,13 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
         return results[len(states) - 1]
 
     note_calls(monkeypatch, fine_tuning, "train_step", after_step)
+
+    def before_finishing(state, metrics):
+        seconds.append(state.seconds)
+        finish_epoch(state, metrics)
+
+    finish_epoch = TrainingState.finish_epoch
+    monkeypatch.setattr(TrainingState, "finish_epoch", before_finishing)
     monkeypatch.setattr(fine_tuning, "validate", validate)
     # fmt: off
     outcome = call(
@@ -213,6 +222,7 @@ def test_a_run_of_fine_tuning(call, tiny, tmp_path, monkeypatch):
     assert [metrics["stage"] for metrics in full_history] == ["full"] * 4
     for number, metrics in enumerate(full_history):
         assert (metrics["val_loss"], metrics["val_acc"]) == results[number]
+        assert metrics["images_per_second"] == round(50 / seconds[number], 1)
         loss, accuracy = sum(sums[4 * number : 4 * number + 4]) / 50
         assert metrics["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert metrics["train_acc"] == pytest.approx(accuracy.item())

@@ -133,7 +133,9 @@ def noise():
     features = np.stack([first_view, first_view + rng.normal(0, 0.5, (60, 30))])
     features *= rng.uniform(0.1, 10, 30)
     features[:, :, 7] = 4.0  # a dead feature has no spread
+    features[:, :, 8] *= 1e-3
     order = rng.permutation(60)
+    labels[order[-1]] = 5  # a class that does not train
     return features, labels, order[:37], order[37:]
 
 
@@ -173,12 +175,18 @@ def test_the_softmax_layer_is_logistic_regression_by_sgd(noise):
     assert val_accuracies.index(best_accuracy) < len(rows) - 1
 
 
-def test_a_rate_that_is_too_high_is_one_line(noise):
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_a_rate_that_is_too_high_is_one_line(noise, where):
+    """With one step, training's loss is of before it, and only validation's is not."""
     features, labels, train, val = (torch.from_numpy(part) for part in noise)
+    features = features.float()
+    if where == "train":
+        features, args = features * 1e18, make_args(lr=1e38)
+    else:
+        features[:, val] *= 1e18
+        args = make_args(lr=1e24, epochs=1, batch_size=60)
     with pytest.raises(UserError, match=r"not finite in epoch \d+ of .*: lower --lr"):
-        linear_probe.fit_softmax_layer(
-            features.float() * 1e18, labels, train, val, make_args(lr=1e38)
-        )
+        linear_probe.fit_softmax_layer(features, labels, train, val, args)
 
 
 def test_an_epoch_has_every_image_once_in_a_view_at_random():

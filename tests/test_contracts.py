@@ -287,22 +287,6 @@ def test_the_network_runs_in_the_precision_of_the_flag(precision, dtype):
         assert result.dtype == torch.float32
 
 
-def test_validation_is_not_over_the_ranks():
-    """DistributedDataParallel has no gradients to average there."""
-    trainer = make_pretraining()
-    uniforms = trainer.epoch_uniforms(1)
-    over_the_ranks = []
-
-    def parallel_model(*inputs):
-        over_the_ranks.append(trainer.model.training)
-        return trainer.model(*inputs)
-
-    trainer.parallel_model = parallel_model
-    trainer.train_step(torch.arange(6), uniforms, 1, 0)
-    pirl_stl_train_test.validate(trainer, uniforms, 1)
-    assert over_the_ranks == [True]
-
-
 @pytest.mark.parametrize("warmup_steps", [0, 1, 2, 5])
 def test_the_learning_rate_of_every_step(warmup_steps):
     """Three steps per epoch; the run begins in epoch 2, and the cosine ends after 4."""
@@ -525,6 +509,11 @@ def test_a_run_of_pretraining(call, tiny, tmp_path, monkeypatch):
         last_step = (epoch - 1) * 5 + 4
         cosine_decay = 0.5 * (1 + math.cos(math.pi * last_step / 15))
         rates.append(pytest.approx(0.1 * (last_step + 1) / 100 * cosine_decay))
+        line = (
+            "epoch {epoch}/3: loss {train_loss:.4f}, pretext {train_acc:.2%}, "
+            "validation loss {val_loss:.4f}, pretext {val_acc:.2%}, "
+        )
+        assert line.format(**metrics) in outcome.out
     assert [metrics["learning_rate"] for metrics in history] == rates
     assert [metrics["knn_acc"] for metrics in history] == [None, *knn]
 

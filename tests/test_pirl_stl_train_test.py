@@ -75,6 +75,16 @@ def test_the_summary_says_what_is_about_to_be_done(capsys, monkeypatch):
     )
 
 
+def test_the_numbers_of_a_run_of_70_images(capsys):
+    """All others may be negatives, and its 25 steps all be warm-up."""
+    flags = "--batch-size 16 --epochs 6 --cont-epoch 2 --count-negatives 69"
+    args = pirl_stl_train_test.make_parser().parse_args(flags.split())
+    for args.warmup_steps in (25, 26):
+        pirl_stl_train_test.check_after_loading(args, 70)
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: the warm-up of 26 steps is longer than the run, 25 ")
+
+
 @pytest.mark.full_trunk
 def test_run_writes_what_the_readme_says(pretrain, tmp_path):
     outcome = pretrain("exp", "--batch-size", 35)
@@ -220,19 +230,6 @@ def test_fewer_epochs_than_have_begun(pretrain, finished, tmp_path, monkeypatch)
         assert weights(tmp_path, name)["settings"]["epochs"] == 2
     assert epochs_of(table(tmp_path, "whole")) == ["1", "2"]
     assert same_results(tmp_path, "whole", "halves")
-
-
-def test_more_epochs_under_one_cosine_are_as_if_made_in_one_go(
-    pretrain, finished, tmp_path
-):
-    finished("whole")
-    assert pretrain("longer", "--tmax-for-cos-decay", 2, "--epochs", 1).status == 0
-
-    outcome = pretrain("longer", "--epochs", 2, "--resume")
-    assert outcome.status == 0, outcome.err
-    whole = parts_of(weights(tmp_path, "whole"))
-    longer = parts_of(weights(tmp_path, "longer"))
-    assert same(whole, longer)
 
 
 def test_precision_is_stored_resolved_and_kept(pretrain, tmp_path, monkeypatch):

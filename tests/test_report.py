@@ -52,10 +52,11 @@ NAMES = [*"abcdefghij", "b|ack | white", "two\r\nlines"]
 
 
 def random_answers(rng, labels):
-    """Answers of which about half are right."""
+    """Answers of which about half are right, and none of class 3."""
     labels = rng.permutation(labels)
     wrong = rng.random(len(labels)) < 0.5
     predictions = np.where(wrong, rng.integers(0, 12, len(labels)), labels)
+    predictions[labels == 3] = 4
     return Answers(torch.from_numpy(labels), torch.from_numpy(predictions))
 
 
@@ -150,6 +151,14 @@ def test_the_picture_of_the_neighbours(tmp_path, monkeypatch, class_count, known
     trunk = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     names = [f"k{i}" for i in range(class_count)]
     texts = record_texts(monkeypatch)
+    same_class = []
+    draw = report.neighbour_picture
+
+    def noting(*arguments, **options):
+        same_class.extend(options["same_class"].flatten().tolist())
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(report, "neighbour_picture", noting)
     path = tmp_path / "neighbours.png"
     report.draw_neighbours(str(path), trunk, known, shown, names, 16)
 
@@ -159,13 +168,16 @@ def test_the_picture_of_the_neighbours(tmp_path, monkeypatch, class_count, known
 
     expected_texts = []
     expected_colours = []
+    expected_same_class = []
     for label in sorted(set(shown_labels.tolist()))[:20]:
         first = shown_labels.tolist().index(label)
         cosines = normal(known_colours) @ normal(shown_colours[first : first + 1])[0]
         nearest = np.argsort(-cosines)[:5]
         expected_texts += [names[label], *[names[i] for i in known_labels[nearest]]]
         expected_colours += [shown_colours[first], *known_colours[nearest]]
+        expected_same_class += (known_labels[nearest] == label).tolist()
     assert texts == expected_texts
+    assert same_class == expected_same_class
 
     with Image.open(path) as picture:
         cells = list(cells_of_neighbours(picture.convert("RGB")))

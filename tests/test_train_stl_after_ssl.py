@@ -602,13 +602,14 @@ def test_messages_name_no_flag_that_was_not_given(tune):
 
 
 def test_precision_is_stored_resolved_and_kept(tune, tmp_path, monkeypatch):
+    flags = ("--batch-size", 40)  # all images
     with monkeypatch.context() as patch:
         # As on most GPUs.
         patch.setattr(
             train_stl_after_ssl, "choose_precision", lambda args, device: "bf16"
         )
-        assert tune("exp").status == 0
-    assert tune("exp", "--full-fine-tune", "--resume").status == 0
+        assert tune("exp", *flags).status == 0
+    assert tune("exp", *flags, "--full-fine-tune", "--resume").status == 0
     assert weights(tmp_path, "exp")["settings"]["precision"] == "bf16"
 
 

@@ -72,25 +72,6 @@ def watch_steps():
     PretrainingTrainer.train_step = watched
 
 
-def watch_validation():
-    validate = pirl_stl_train_test.validate
-
-    def watched(trainer, *rest):
-        result = validate(trainer, *rest)
-        for buffer in trainer.model.buffers():
-            seen["buffers_equal"].append(same_on_all(buffer))
-        return result
-
-    pirl_stl_train_test.validate = watched
-
-
-def count(name):
-    def add(*arguments):
-        seen[name] += 1
-
-    return add
-
-
 # ---- In the way ----------------------------------------------------------------------
 def frozen(patch=setattr):
     """Batch norm as in eval mode: then the batch that an image is in is of no account.
@@ -131,14 +112,6 @@ def slow():
     before(PretrainingTrainer, "train_step", lambda *arguments: time.sleep(0.2))
 
 
-def slow_validation():
-    def wait(*arguments):
-        print("validating", flush=True)
-        time.sleep(2)
-
-    before(pirl_stl_train_test, "validate", wait)
-
-
 def other_images():
     load_unlabelled = dataset_helpers.load_unlabelled
 
@@ -146,25 +119,6 @@ def other_images():
         images, train_count, fingerprint = load_unlabelled(*arguments)
         fingerprint["checksum"] += RANK
         return images, train_count, fingerprint
-
-    dataset_helpers.load_unlabelled = load
-
-
-def touched_images():
-    """Rank 1 writes into one of the images that all have loaded."""
-    load_unlabelled = dataset_helpers.load_unlabelled
-
-    def load(*arguments):
-        images, *rest = load_unlabelled(*arguments)
-        distributed.barrier()  # until both have taken the checksum
-        if LOCAL_RANK == 1:
-            images[5, 1, 7, 9] = 77
-        distributed.barrier()
-        seen["pixel"] = images[5, 1, 7, 9].item()
-        mappings = Path("/proc/self/maps").read_text().splitlines()
-        lines = [line for line in mappings if "pirl_images_" in line]
-        seen["mapped"] = len(lines) == 1 and lines[0].endswith("(deleted)")
-        return images, *rest
 
     dataset_helpers.load_unlabelled = load
 

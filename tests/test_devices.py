@@ -449,23 +449,3 @@ def test_a_run_with_overflows_resumes_exactly(
     assert table(tmp_path, "killed") == table(tmp_path, "whole")
 
 
-@both_scripts
-def test_nan_of_fp16_is_one_line_that_names_float32(
-    call, tiny, tmp_path, monkeypatch, script
-):
-    """As cards of the series GTX 16xx make it: in every step, whatever the scale."""
-
-    def broken(module, inputs, output):
-        return output * float("nan") if output.dtype == torch.float16 else output
-
-    class BrokenResNet18(ThinResNet):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.layer4.register_forward_hook(broken)
-
-    monkeypatch.setitem(models.TRUNKS, "res18", BrokenResNet18)
-    flags = ("--precision", "fp16", "--experiment-name", "exp", *NETWORK[script])
-    outcome = call(script, *tiny, *flags)
-    parts = ("loss is not finite", "epoch 1", "--precision fp32")
-    assert outcome.is_one_line_error(*parts)
-    assert not (tmp_path / "weights/exp.pt").exists()

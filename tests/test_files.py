@@ -141,29 +141,6 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint(
     assert outcome.status == 0, outcome.err
 
 
-@pytest.mark.slow
-def test_a_full_disk_of_a_process(pretrain, tiny, tmp_path):
-    """RLIMIT_FSIZE stands in for the disk: the second run's checkpoints do not fit."""
-    assert pretrain("exp", "--epochs", 1).status == 0
-    checkpoint = tmp_path / "weights/exp.ckpt"
-    before = checkpoint.read_bytes()
-
-    def small_disk():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        limit = len(before) // 2
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    run = (*tiny, "--experiment-name", "exp", "--resume")
-    script = ("tests/thin_script", "pirl_stl_train_test")
-    process = start(*script, *run, preexec_fn=small_disk)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert err.startswith("error: ")
-    assert len(err.splitlines()) == 1
-    assert checkpoint.read_bytes() == before
-    assert pretrain("exp", "--resume").status == 0
-
-
 # ---- Reading -------------------------------------------------------------------------
 def test_what_is_saved_is_read_back(tmp_path):
     path = tmp_path / "exp.ckpt"

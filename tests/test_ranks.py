@@ -311,44 +311,6 @@ def test_three_ranks_and_one_process_end_where_one_process_ends(
             assert a[column] == pytest.approx(b[column], abs=1e-5)
 
 
-@pytest.mark.slow
-def test_every_image_once_and_all_ranks_equal_after_every_step(tiny, tmp_path):
-    """70 images in batches of 16: the last has 6, which four ranks share unevenly."""
-    out = run(4, tmp_path, "", *tiny, "--precision", "bf16")
-    everyone = seen_by(4, tmp_path)
-    for epoch in (1, 2):
-        assert sorted(images_of_epoch(everyone, epoch)) == list(range(70))
-    for one in everyone:
-        assert [step["equal"] for step in one["steps"]] == [True] * 10
-        assert one["buffers_equal"], "after validation"
-        assert all(one["buffers_equal"])
-        assert not one["synchronised"], "each rank normalises its own share"
-    measured = [one["features"] > 0 for one in everyone]
-    assert measured == [True, False, False, False], "rank 0 alone measures features"
-
-    assert "4 ranks" in out
-    assert out.count("epoch 1/2: loss") == 1
-    assert out.count("wrote ") == 1
-    path = tmp_path / "observations/exp_observations.csv"
-    with open(path, newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
-
-
-@pytest.mark.slow
-def test_two_ranks_share_one_tensor_that_disappears(tiny, tmp_path, monkeypatch):
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    run(2, tmp_path, "touched_images", *tiny)
-    everyone = seen_by(2, tmp_path)
-    for one in everyone:
-        assert one["pixel"] == 77, "which rank 1 has written"
-        assert one["mapped"], "and the file has no name any more"
-    labelled = 60  # which rank 0 alone reads, for kNN
-    assert sum(one["decoded"] for one in everyone) == 100 + labelled, "each once"
-    assert not list(folder.glob("pirl_images_*"))
-
-
 # ---- The end of a job ----------------------------------------------------------------
 @pytest.fixture
 def endless(tiny, tmp_path):
@@ -381,16 +343,6 @@ def pid_of_rank(process, rank):
     raise AssertionError("no such rank")
 
 
-def stop(process):
-    """SIGTERM to the ranks and their launcher, which passes it on to the ranks.
-
-    As when a scheduler stops a job.
-    """
-    pids = [pid_of_rank(process, rank) for rank in (0, 1)]
-    for pid in (*pids, process.pid):
-        os.kill(pid, signal.SIGTERM)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job(endless, rank):
@@ -399,23 +351,6 @@ def test_a_killed_rank_ends_the_job(endless, rank):
     assert status != 0
     [line] = error_lines(err)
     assert line.startswith(f"error (rank {1 - rank}): another rank")
-
-
-@pytest.mark.slow
-def test_sigterm_during_validation_checkpoints_after_it(tiny, tmp_path):
-    flags = (*tiny, "--epochs", 500, "--knn-every", 0)
-    process = launch(2, tmp_path, "slow_validation", *flags)
-    line = ""
-    while "validating" not in line:
-        line = process.stdout.readline()
-        assert line, process.communicate()
-    stop(process)
-
-    _, out, err = finish(process)
-    assert not error_lines(err)
-    assert "stopped after epoch 1: continue with --resume True" in out, err
-    state = checkpoint(tmp_path, "exp")["training"]
-    assert (state["epoch"], state["step"], len(state["history"])) == (2, 0, 1)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import models
 import pirl_stl_train_test
 from pirl_stl_train_test import PretrainingTrainer
 from runtime.errors import UserError
-from runtime.ranks import LOCAL_RANK, RANK, WORLD_SIZE
+from runtime.ranks import RANK, WORLD_SIZE
 from runtime.script import run_script
 
 # For the test, as JSON.

@@ -17,10 +17,8 @@ from augmentations import (
     ColourJitter,
     ImageView,
     LabelledView,
-    box_transforms,
     crop_box,
     normalize,
-    sample,
     unnormalize,
 )
 from jigsaw import Jigsaw
@@ -73,19 +71,21 @@ def test_a_view_is_the_crop_of_its_numbers_mirrored_by_the_fifth(view, columns, 
         torch.testing.assert_close(shown[1], right, rtol=0, atol=0.02)
 
 
-VIEWS = [
-    (ImageView(), IMAGE_VIEW_UNIFORMS),
-    (LabelledView(), LABELLED_VIEW_UNIFORMS),
-]
-
-
-@pytest.mark.parametrize(("view", "columns"), VIEWS)
+@pytest.mark.parametrize(
+    ("view", "columns"),
+    [(ImageView(), IMAGE_VIEW_UNIFORMS), (LabelledView(), LABELLED_VIEW_UNIFORMS)],
+)
 def test_views_differ_within_a_batch_and_do_not_depend_on_it(view, columns):
+    """They are channels-last, and normalised after they are clipped."""
     image = torch.rand(3, 96, 96, generator=make_generator("cpu", 1)) * 255
     images = image.repeat(8, 1, 1, 1)
     uniforms = make_uniforms(8, columns)
 
     together = view(images, uniforms)
+    assert together.shape == (8, 3, 96, 96)
+    assert together.is_contiguous(memory_format=torch.channels_last)
+    assert to_unit(together).min() >= -1e-5
+    assert to_unit(together).max() <= 1 + 1e-5
     for i in range(8):
         for j in range(i):
             assert (together[i] - together[j]).abs().mean() > 0.01
@@ -93,17 +93,6 @@ def test_views_differ_within_a_batch_and_do_not_depend_on_it(view, columns):
     order = torch.tensor([5, 2, 7])
     alone = view(images[order], uniforms[order])
     torch.testing.assert_close(alone, together[order], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("view", "columns"), VIEWS)
-def test_views_are_normalised_channels_last_and_in_range(view, columns):
-    images = torch.randint(0, 256, (4, 3, 96, 96)).float()
-    out = view(images, make_uniforms(4, columns))
-    assert out.shape == (4, 3, 96, 96)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    unit = to_unit(out)
-    assert unit.min() >= -1e-5
-    assert unit.max() <= 1 + 1e-5
 
 
 def test_views_have_nothing_to_save():
@@ -205,34 +194,29 @@ def gentle_images():
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "factor"),
     [
-        ("brightness", TF.adjust_brightness),
-        ("contrast", TF.adjust_contrast),
-        ("saturation", TF.adjust_saturation),
+        *(("brightness", 0.7), ("brightness", 1.3)),
+        *(("contrast", 0.7), ("contrast", 1.3)),
+        *(("saturation", 0.7), ("saturation", 1.3), ("saturation", 0)),
     ],
 )
-@pytest.mark.parametrize("factor", [0.7, 1.3])
-def test_jitter_equals_torchvision(name, change, factor):
+def test_jitter_equals_torchvision(name, factor):
+    change = getattr(TF, f"adjust_{name}")
     images = gentle_images()
     changed = recolour(images, **{name: factor})
     expected = change(images / 255, factor)
     torch.testing.assert_close(changed, expected, rtol=0, atol=2e-3)
 
 
-def test_jitter_of_several_kinds_equals_torchvision_in_any_order():
+def test_jitter_of_several_kinds_equals_torchvision():
     images = gentle_images()
     changed = recolour(images, brightness=1.2, contrast=0.8, saturation=1.3)
 
-    one = TF.adjust_brightness(images / 255, 1.2)
-    one = TF.adjust_contrast(one, 0.8)
-    one = TF.adjust_saturation(one, 1.3)
-    torch.testing.assert_close(changed, one, rtol=0, atol=3e-3)
-
-    other = TF.adjust_saturation(images / 255, 1.3)
-    other = TF.adjust_contrast(other, 0.8)
-    other = TF.adjust_brightness(other, 1.2)
-    torch.testing.assert_close(changed, other, rtol=0, atol=3e-3)
+    expected = TF.adjust_brightness(images / 255, 1.2)
+    expected = TF.adjust_contrast(expected, 0.8)
+    expected = TF.adjust_saturation(expected, 1.3)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=3e-3)
 
 
 def test_hue_turns_colours_and_keeps_luma_and_saturation():
@@ -252,35 +236,30 @@ def test_hue_turns_colours_and_keeps_luma_and_saturation():
 
 
 @pytest.mark.parametrize(
-    ("colour_jitter", "turn", "factors"),
+    ("colour_jitter", "strength"),
     [
-        (ImageView().colour_jitter, 0.05, (0.8, 1.2)),
-        (Jigsaw().colour_jitter, 0.05, (0.8, 1.2)),
-        (ImageView(colour_strength=1).colour_jitter, 0.1, (0.6, 1.4)),
-        (Jigsaw(colour_strength=1).colour_jitter, 0.1, (0.6, 1.4)),
+        (ImageView().colour_jitter, 0.5),
+        (Jigsaw().colour_jitter, 0.5),
+        (ImageView(colour_strength=1.5).colour_jitter, 1.5),
+        (Jigsaw(colour_strength=1.5).colour_jitter, 1.5),
     ],
 )
-def test_jitter_parameters_are_those_that_are_documented(colour_jitter, turn, factors):
-    uniforms = make_uniforms(20000, COLOUR_UNIFORMS, seed=4)
-    parameters = colour_jitter.parameters_of(uniforms)
-    brightness, contrast, saturation, hue = parameters
-
-    kept = (brightness == 1) & (contrast == 1) & (hue == 0)
-    assert kept.float().mean() == pytest.approx(0.2, abs=0.015)
-    assert (saturation == 0).float().mean() == pytest.approx(0.2, abs=0.015)
-    for factor in (brightness, contrast, saturation[saturation > 0]):
-        assert factor.min() == pytest.approx(factors[0], abs=0.01)
-        assert factor.max() == pytest.approx(factors[1], abs=0.01)
-    assert hue.abs().max() == pytest.approx(turn * 2 * math.pi, abs=0.01)
+def test_jitter_parameters_are_those_that_are_documented(colour_jitter, strength):
+    """Four images of five are jittered, and one of five becomes gray."""
+    uniforms = make_uniforms(300, COLOUR_UNIFORMS, seed=4)
+    parameters = torch.stack(colour_jitter.parameters_of(uniforms), dim=1)
+    for row, actual in zip(uniforms.tolist(), parameters, strict=True):
+        *changes, jittered, gray = row
+        reach = strength * (jittered < 0.8)
+        expected = [1 + 0.4 * reach * (2 * change - 1) for change in changes]
+        expected[3] = 2 * math.pi * 0.1 * reach * (2 * changes[3] - 1)
+        if gray < 0.2:
+            expected[2] = 0
+        assert actual.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_with_strength_0_all_images_keep_their_colours():
-    uniforms = make_uniforms(1000, COLOUR_UNIFORMS, seed=4)
-    parameters = ColourJitter(0).parameters_of(uniforms)
-    brightness, contrast, saturation, hue = parameters
-    assert (torch.stack([brightness, contrast, saturation]) == 1).all()
-    assert (hue == 0).all()
-
-    images = torch.randint(0, 256, (1000, 3, 8, 8)).float()
+    uniforms = make_uniforms(100, COLOUR_UNIFORMS, seed=4)
+    images = torch.randint(0, 256, (100, 3, 8, 8)).float()
     view = to_unit(ColourJitter(0)(images, uniforms))
-    torch.testing.assert_close(view, images / 255, rtol=0, atol=1e-4)
+    torch.testing.assert_close(view, images / 255, rtol=0, atol=1e-5)

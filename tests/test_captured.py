@@ -11,8 +11,7 @@ from records import same
 
 import pirl_stl_train_test
 from benchmarks import graph_check
-from memory_bank import MemoryBank
-from pirl_stl_train_test import Batch, PretrainingTrainer
+from pirl_stl_train_test import PretrainingTrainer
 from runtime import captured
 from runtime.captured import EAGER_CALLS, CapturedFunction
 from runtime.errors import UserError
@@ -278,6 +277,8 @@ def test_a_failed_capture_ends_the_run_with_one_line(
 
 # ---- Planted defects -----------------------------------------------------------------
 update = PretrainingTrainer.update
+
+
 def update_with_a_plain_number(self, lr, *batch):
     """The graph keeps the number of the step that was captured."""
     return update(self, self.optimizer.param_groups[0]["lr"], *batch)

@@ -447,5 +447,3 @@ def test_a_run_with_overflows_resumes_exactly(
     expected = parts_of(checkpoint(tmp_path, "whole"), names)
     assert same(parts_of(checkpoint(tmp_path, "killed"), names), expected)
     assert table(tmp_path, "killed") == table(tmp_path, "whole")
-
-

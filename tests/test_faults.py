@@ -3,21 +3,12 @@
 `make faults` runs the whole suite, which takes long.
 """
 
-import random
-import signal
 from functools import partial
-from types import SimpleNamespace
 
-import endurance
-import faults
 import pytest
 from faults import (
     Fault,
-    Job,
-    check_end,
     full_disk,
-    has_finished,
-    sigint,
     sigkill,
     throw,
 )
@@ -37,5 +28,3 @@ def test_faults_are_survived(tmp_path):
     assert not problems, "\n".join(problems)
     tried = {key: count.tried for key, count in counts.items()}
     assert tried == {(fault.name, fault.job): fault.times for fault in PLAN}
-
-

@@ -2,12 +2,9 @@
 
 import argparse
 import os
-import resource
-import signal
 
 import pytest
 import torch
-from conftest import start
 
 from runtime.errors import UserError
 from runtime.files import (

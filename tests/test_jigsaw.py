@@ -1,12 +1,10 @@
-"""The jigsaw view: which pixels its patches are, and that all orders are alike."""
-
-import math
+"""The jigsaw view: which pixels its patches are, and their colours."""
 
 import pytest
 import torch
 
 from augmentations import PIXEL_MEAN, PIXEL_STD, crop_box
-from jigsaw import PRETEXT_CROP_AREA, Jigsaw, patch_places, patch_sizes
+from jigsaw import Jigsaw, patch_sizes
 from runtime.randomness import make_generator
 
 # The columns of an image's random numbers.
@@ -74,9 +72,13 @@ def test_every_patch_is_the_pixels_it_claims_to_be(side):
     """Crop of the whole image, no colours: each patch is a copy of a square of it."""
     images = torch.randint(0, 256, (6, 3, side, side)).float()
     uniforms = of_whole_image(without_colour(make_uniforms(6)))
-    patches = to_pixels(Jigsaw()(images, uniforms), 6)
+    view = Jigsaw()(images, uniforms)
+    assert view.dtype == torch.float32
+    assert view.is_contiguous(memory_format=torch.channels_last)
+    patches = to_pixels(view, 6)
 
     _, size = patch_sizes(side)
+    assert patches.shape == (6, 9, 3, size, size)
     places_of_images = places_of(uniforms, side)
     for image, shown, places in zip(images, patches, places_of_images, strict=True):
         cells = [cell for cell, _, _ in places]
@@ -100,7 +102,7 @@ def test_patches_of_a_crop_come_from_where_the_crop_says():
     uniforms = without_colour(make_uniforms(40, seed=3))
     patches = to_pixels(Jigsaw()(image.repeat(40, 1, 1, 1), uniforms), 40)
 
-    corner, size = crop_box(uniforms[:, CROP], side, PRETEXT_CROP_AREA)
+    corner, size = crop_box(uniforms[:, CROP], side, (0.6, 1.0))
     pixels = place[:30] + 0.5
     for i, places in enumerate(places_of(uniforms, side)):
         top, left = corner[i]
@@ -122,19 +124,3 @@ def test_each_patch_has_its_own_colours():
     for colours in patches.mean((-1, -2)):  # [9, 3]
         different = {tuple(round(value, 1) for value in c.tolist()) for c in colours}
         assert len(different) >= 6
-
-
-# ---- Places --------------------------------------------------------------------------
-# ---- The head ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("non_linear", [False, True])
-def test_the_head_is_linear_unless_it_is_asked_not_to_be(non_linear):
-    """Of a linear map with a bias: h(a) + h(b) = h(a + b) + h(0)."""
-    torch.manual_seed(0)
-    head = Jigsaw().make_head(64, non_linear)
-    a = 10 * torch.randn(3, 9, 64)
-    b = 10 * torch.randn(3, 9, 64)
-    with torch.no_grad():
-        difference = head(a) + head(b) - head(a + b) - head(torch.zeros(3, 9, 64))
-    assert (difference.abs().max() < 1e-3) == (not non_linear)

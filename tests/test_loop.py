@@ -2,12 +2,10 @@
 
 import os
 import signal
-import time
 
 import pytest
 import torch
 import tqdm.std
-from conftest import start
 from records import (
     TRAINED,
     Clock,

@@ -20,9 +20,10 @@ def test_update_is_the_paper_s_and_touches_only_the_batch():
     bank = make_bank(beta=0.3)
     before = bank.vectors.clone()
     index = torch.tensor([7, 0, 33])
-    embeddings = 5 * torch.randn(3, 128)
+    embeddings = (5 * torch.randn(3, 128)).bfloat16()
 
     bank.update(index, embeddings)
+    assert bank.vectors.dtype == torch.float32
 
     positions = {row: position for position, row in enumerate(index.tolist())}
     for row in range(50):
@@ -35,13 +36,6 @@ def test_update_is_the_paper_s_and_touches_only_the_batch():
             torch.testing.assert_close(updated, expected, rtol=1e-5, atol=1e-6)
         else:
             assert (bank.vectors[row] == before[row]).all()
-
-
-def test_unit_norm_and_float32_whatever_comes_in():
-    bank = make_bank()
-    bank.update(torch.arange(20), (1e3 * torch.randn(20, 128)).bfloat16())
-    assert bank.vectors.dtype == torch.float32
-    torch.testing.assert_close(bank.vectors.norm(dim=1), torch.ones(50))
 
 
 def test_its_state_is_the_vectors():
@@ -83,7 +77,7 @@ def test_all_others_when_as_many_are_asked_for():
 def test_negatives_are_uniform():
     bank = make_bank()
     counts = torch.zeros(40)
-    steps = 4000
+    steps = 1500
     for step in range(steps):
         # What the bank draws.
         rows = torch.randperm(40, generator=make_generator("cpu", step))[:11]

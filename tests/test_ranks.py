@@ -4,7 +4,6 @@ torchrun starts rank_worker.py: the same training as on one process, and no rank
 left behind.
 """
 
-import csv
 import importlib.util
 import json
 import os
@@ -18,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, write_raw
 from rank_worker import frozen
-from records import PARTS, checkpoint, weights
+from records import PARTS, weights
 from torch import distributed
 
 import pirl_stl_train_test

@@ -1,33 +1,21 @@
 """Rotation, and rotation with jigsaw: the turns, the views, the heads and the flag."""
 
-import signal
-
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_trainer
-from records import (
-    TRAINED,
-    checkpoint,
-    parts_of,
-    same,
-    same_results,
-    signal_in_step,
-    table,
-    weights,
-)
+from records import checkpoint, table, weights
 
-from augmentations import IMAGE_VIEW_UNIFORMS, normalize, unnormalize
+from augmentations import (
+    IMAGE_VIEW_UNIFORMS,
+    ColourJitter,
+    box_transforms,
+    crop_box,
+    sample,
+)
 from jigsaw import Jigsaw
-from models import PatchHead
 from pretexts import PRETEXTS
 from rotation import JigsawRotation, Rotation, quarter_turns
 from runtime.randomness import make_generator
-
-# The columns of an image's random numbers for rotation.
-CROP = slice(0, 4)
-COLOURS = slice(4, 10)
-TURN = 10
 
 TASKS = list(PRETEXTS)
 
@@ -39,28 +27,6 @@ def make_images(count, side):
 
 def make_uniforms(count, columns, seed=0):
     return torch.rand(count, columns, generator=make_generator("cpu", seed))
-
-
-def without_colour(uniforms):
-    """The same random numbers, but with no colour jitter and no gray."""
-    uniforms = uniforms.clone()
-    uniforms[:, COLOURS] = 0.99
-    return uniforms
-
-
-def of_whole_image(uniforms):
-    """The same random numbers, but with the crop being the whole image."""
-    uniforms = uniforms.clone()
-    uniforms[:, 0] = 1 - 2**-24
-    uniforms[:, 1] = 0.5
-    return uniforms
-
-
-def turned_by(uniforms, turns):
-    """The same random numbers for rotation, but with this number of quarter turns."""
-    uniforms = uniforms.clone()
-    uniforms[:, TURN] = (turns + 0.5) / 4
-    return uniforms
 
 
 def rotate_each(images, turns):
@@ -79,56 +45,22 @@ def test_a_turn_is_rot90_to_the_bit():
     assert quarter_turns(images, uniforms).equal(expected)
 
 
-# ---- The view of rotation ------------------------------------------------------------
-@pytest.mark.parametrize("side", [36, 55])
-def test_the_view_is_that_of_turn_0_turned(side):
-    images = make_images(6, side)
-    uniforms = make_uniforms(6, Rotation.uniforms)
-    upright = Rotation()(images, turned_by(uniforms, 0))
-    for turns in range(4):
-        view = Rotation()(images, turned_by(uniforms, turns))
-        assert view.equal(upright.rot90(turns, (2, 3))), turns
+# ---- The views -----------------------------------------------------------------------
+@pytest.mark.parametrize(("side", "strength"), [(36, 0.5), (55, 1.5)])
+def test_the_view_is_cropped_then_coloured_then_turned(side, strength):
+    """By 4, 6 and 1 random numbers of the image, with a fifth of its area or more."""
+    images = make_images(20, side)
+    uniforms = make_uniforms(20, 11)
+    uniforms[:4, 10] = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    corner, size = crop_box(uniforms[:, :4], side, (0.2, 1.0))
+    crops = sample(images, box_transforms(corner, size, side), side)
+    upright = ColourJitter(strength)(crops, uniforms[:, 4:10])
+    expected = rotate_each(upright, (4 * uniforms[:, 10]).int().tolist())
 
-
-def test_the_whole_image_without_colours_is_the_image_turned():
-    images = make_images(4, 48)
-    uniforms = of_whole_image(without_colour(make_uniforms(4, Rotation.uniforms)))
-    uniforms[:, TURN] = torch.tensor([0.1, 0.3, 0.6, 0.9])
-    view = Rotation()(images, uniforms)
-    expected = normalize(rotate_each(images, [0, 1, 2, 3]))
-    torch.testing.assert_close(view, expected, rtol=0, atol=1e-3)
-
-
-def test_crops_lie_in_the_image_and_have_a_fifth_of_it_or_more():
-    """If red is the row and green the column, their ranges are the crop's sides."""
-    side = 48
-    place = torch.arange(side).float()
-    red = place[:, None].expand(side, side)
-    image = torch.stack([red, red.T, torch.zeros(side, side)])
-    count = 200
-    uniforms = turned_by(without_colour(make_uniforms(count, Rotation.uniforms)), 0)
-    view = Rotation()(image.repeat(count, 1, 1, 1), uniforms)
-
-    pixels = unnormalize(view) * 255
-    heights = pixels[:, 0, -1, 0] - pixels[:, 0, 0, 0]
-    widths = pixels[:, 1, 0, -1] - pixels[:, 1, 0, 0]
-    areas = heights * widths / side**2
-    assert areas.min() > 0.18
-    assert areas.min() < 0.25
-    assert areas.max() > 0.9
-
-
-def test_each_image_has_its_own_colours():
-    images = torch.full((8, 3, 40, 40), 120.0)
-    images[:, 0] = 180.0
-    images[:, 2] = 60.0
-    uniforms = make_uniforms(8, Rotation.uniforms, seed=7)
-    colours = unnormalize(Rotation()(images, uniforms)).mean((2, 3))  # [8, 3]
-    different = {tuple(round(value, 2) for value in c.tolist()) for c in colours}
-    assert len(different) >= 6
-
-    plain = Rotation(colour_strength=0.0)(images, uniforms)
-    torch.testing.assert_close(plain, normalize(images), rtol=0, atol=1e-4)
+    view = Rotation(strength)(images, uniforms)
+    torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+    assert view.dtype == torch.float32
+    assert view.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -142,16 +74,6 @@ def test_a_view_does_not_depend_on_the_rest_of_the_batch(task):
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("side", [36, 55, 96])
-def test_shape_type_and_memory_format(side):
-    images = make_images(5, side)
-    view = Rotation()(images, make_uniforms(5, Rotation.uniforms))
-    assert view.shape == (5, 3, side, side)
-    assert view.dtype == torch.float32
-    assert view.is_contiguous(memory_format=torch.channels_last)
-
-
-# ---- Rotation with jigsaw ------------------------------------------------------------
 @pytest.mark.parametrize("side", [36, 96])
 def test_the_combination_is_the_jigsaw_of_turned_images(side):
     images = make_images(12, side)
@@ -165,28 +87,18 @@ def test_the_combination_is_the_jigsaw_of_turned_images(side):
     assert patches.is_contiguous(memory_format=torch.channels_last)
 
 
-# ---- The heads -----------------------------------------------------------------------
-def test_the_linear_head_is_one_layer_on_the_features():
-    head = Rotation().make_head(64, non_linear=False)
-    (layer,) = [m for m in head.modules() if isinstance(m, torch.nn.Linear)]
+# ---- The head ------------------------------------------------------------------------
+@pytest.mark.parametrize("non_linear", [False, True])
+def test_the_head_is_one_layer_on_the_features_or_two_with_a_relu(non_linear):
+    head = Rotation().make_head(64, non_linear)
+    layers = [m for m in head.modules() if isinstance(m, torch.nn.Linear)]
     features = torch.randn(5, 1, 64)
-    expected = F.linear(features[:, 0], layer.weight, layer.bias)
+    expected = layers[0](features[:, 0])
+    if non_linear:
+        expected = layers[1](expected.relu())
+    assert len(layers) == 1 + non_linear
     assert expected.shape == (5, 128)
     assert head(features).equal(expected)
-
-
-def test_the_non_linear_head_has_a_relu_and_a_second_layer():
-    head = Rotation().make_head(64, non_linear=True)
-    first, second = [m for m in head.modules() if isinstance(m, torch.nn.Linear)]
-    features = torch.randn(5, 1, 64)
-    expected = second(first(features[:, 0]).relu())
-    assert expected.shape == (5, 128)
-    assert head(features).equal(expected)
-
-
-def test_the_combination_has_the_head_of_the_jigsaw():
-    head = JigsawRotation().make_head(64, non_linear=False)
-    assert isinstance(head, PatchHead)
 
 
 # ---- --pretext -----------------------------------------------------------------------
@@ -222,22 +134,6 @@ def test_from_pretraining_to_fine_tuning(pretrain, call, tiny, tmp_path, task):
     outcome = call("train_stl_after_ssl", *tiny, *flags)
     assert outcome.status == 0, outcome.err
     assert set(weights(tmp_path, "fine")["results"]) >= {"softmax", "full"}
-
-
-@pytest.mark.parametrize("task", ["rotation"])
-def test_resume_keeps_the_task_and_is_exact(pretrain, tmp_path, monkeypatch, task):
-    flags = ("--pretext", task, "--epochs", 1)
-    assert pretrain("whole", *flags).status == 0
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, signal.SIGTERM, 3)
-        assert pretrain("halves", *flags).status == 143
-
-    outcome = pretrain("halves", "--epochs", 1, "--resume")
-    assert outcome.status == 0, outcome.err
-    assert same_results(tmp_path, "whole", "halves")
-    whole_run = parts_of(checkpoint(tmp_path, "whole"), TRAINED)
-    halves = parts_of(checkpoint(tmp_path, "halves"), TRAINED)
-    assert same(whole_run, halves)
 
 
 def test_resume_with_another_task_is_refused_by_name(pretrain, finished, tmp_path):

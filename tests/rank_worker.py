@@ -1,15 +1,12 @@
 """pirl_stl_train_test.py for test_ranks.py, which starts it by torchrun.
 
-It runs with eyes on every step, and with what the test puts in its way:
-rank_worker.py <folder> <what,what> <arguments of the script>
+rank_worker.py <what,what> <arguments of the script>; what: functions below.
 """
 
 import contextlib
-import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,9 +23,6 @@ from runtime.errors import UserError
 from runtime.ranks import RANK, WORLD_SIZE
 from runtime.script import run_script
 
-# For the test, as JSON.
-seen = {"steps": [], "buffers_equal": [], "features": 0, "decoded": 0}
-
 
 def before(owner, name, action):
     """owner.name(…) calls action(…) with the same arguments first."""
@@ -41,35 +35,25 @@ def before(owner, name, action):
     setattr(owner, name, changed)
 
 
-# ---- Eyes ----------------------------------------------------------------------------
 def same_on_all(tensor):
     everyone = [torch.empty_like(tensor) for _ in range(WORLD_SIZE)]
     distributed.all_gather(everyone, tensor.contiguous())
     return all(torch.equal(tensor, one) for one in everyone)
 
 
-def watch_steps():
-    """Note of each step what it did, and whether all ranks have the same after it."""
+def compare_after_each_step():
+    """All ranks must have the same weights and the same bank."""
     train_step = PretrainingTrainer.train_step
 
-    def watched(trainer, index, uniforms, epoch, step):
-        totals = train_step(trainer, index, uniforms, epoch, step)
-
+    def compared(trainer, *arguments):
+        totals = train_step(trainer, *arguments)
         weights = [weight.detach() for weight in trainer.model.parameters()]
         # A list first: all ranks take part in each comparison.
         equal = [same_on_all(tensor) for tensor in (*weights, trainer.bank.vectors)]
-        seen["steps"].append(
-            {
-                "epoch": epoch,
-                "images": index.tensor_split(WORLD_SIZE)[RANK].tolist(),
-                "equal": all(equal),
-            }
-        )
-        kinds = {type(module) for module in trainer.parallel_model.modules()}
-        seen["synchronised"] = nn.SyncBatchNorm in kinds
+        assert all(equal)
         return totals
 
-    PretrainingTrainer.train_step = watched
+    PretrainingTrainer.train_step = compared
 
 
 # ---- In the way ----------------------------------------------------------------------
@@ -100,16 +84,23 @@ def signal_in_epoch_2():
     before(PretrainingTrainer, "train_step", send)
 
 
-def one_fails():
+def fail_in_step_2(action):
     def fail(trainer, index, uniforms, epoch, step):
         if RANK == 1 and step == 2:
-            raise UserError("rank 1 has a problem of its own", "solve it")
+            action()
 
     before(PretrainingTrainer, "train_step", fail)
 
 
-def slow():
-    before(PretrainingTrainer, "train_step", lambda *arguments: time.sleep(0.2))
+def one_fails():
+    def action():
+        raise UserError("rank 1 has a problem of its own", "solve it")
+
+    fail_in_step_2(action)
+
+
+def one_is_killed():
+    fail_in_step_2(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def other_images():
@@ -124,16 +115,9 @@ def other_images():
 
 
 if __name__ == "__main__":
-    folder, what = sys.argv[1:3]
-    del sys.argv[1:3]
+    what = sys.argv.pop(1)
     models.TRUNKS["res18"] = ThinResNet
-    watch_steps()
-    watch_validation()
-    before(PretrainingTrainer, "exported_trunk", count("features"))
-    before(dataset_helpers, "read_image", count("decoded"))
+    compare_after_each_step()
     for name in filter(None, what.split(",")):
         globals()[name]()
-    try:
-        run_script(pirl_stl_train_test.main)
-    finally:
-        (Path(folder) / f"rank_{RANK}.json").write_text(json.dumps(seen))
+    run_script(pirl_stl_train_test.main)

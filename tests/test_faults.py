@@ -1,17 +1,9 @@
-"""A few faults of every script, with the thin trunk; and how the suite judges them.
-
-`make faults` runs the whole suite, which takes long.
-"""
+"""A few faults of every script, with the thin trunk; `make faults` throws many more."""
 
 from functools import partial
 
 import pytest
-from faults import (
-    Fault,
-    full_disk,
-    sigkill,
-    throw,
-)
+from faults import Fault, full_disk, sigkill, throw
 
 KILLED_TWICE = partial(sigkill, times=2)
 PLAN = [

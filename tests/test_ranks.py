@@ -5,13 +5,10 @@ left behind.
 """
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -181,14 +178,14 @@ def test_fine_tuning_refuses_several_ranks(call, tiny, tmp_path, monkeypatch):
 
 
 # ---- Jobs ----------------------------------------------------------------------------
-def launch(count, folder, what, *arguments):
+def launch(count, what, *arguments):
     """A job of so many ranks; what: names of rank_worker.py, with commas."""
     # fmt: off
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--standalone", "--nproc-per-node", count,
-        ROOT / "tests/rank_worker.py", folder, what,
-        *arguments, "--experiment-name", "exp",
+        ROOT / "tests/rank_worker.py", what, *arguments,
+        "--experiment-name", "exp",
     ]
     # fmt: on
     environment = dict(os.environ)
@@ -213,86 +210,36 @@ def finish(process, seconds=400):
     return process.returncode, out, err
 
 
-def run(count, folder, what, *arguments):
-    status, out, err = finish(launch(count, folder, what, *arguments))
-    assert status == 0, err
-    return out
-
-
-def seen_by(count, folder):
-    """What each rank has seen."""
-    texts = [(folder / f"rank_{rank}.json").read_text() for rank in range(count)]
-    return [json.loads(text) for text in texts]
-
-
-def images_of_epoch(everyone, epoch):
-    images = []
-    for one in everyone:
-        for step in one["steps"]:
-            if step["epoch"] == epoch:
-                images += step["images"]
-    return images
-
-
 def error_lines(err):
     """Every rank prints its own, with its number; the launcher prints much more."""
     return [line for line in err.splitlines() if line.startswith("error")]
 
 
-# ---- The same training ---------------------------------------------------------------
-@pytest.fixture
-def uneven(tmp_path, tiny):
-    """Flags of a run of 74 training images in batches of 18, the last of which has 2.
-
-    With batch norm in eval mode, and gradients that are too short to be clipped: that
-    would hide a factor.
-    """
-    write_raw(tmp_path, {"train": 11, "test": 10, "unlabelled": 106})
-    data = tmp_path / "data"
-    for split in stl10_data_load.SPLITS:
-        stl10_data_load.write_split(tmp_path / "stl10_binary", data, split)
-    # fmt: off
-    return [
-        *tiny, "--data-dir", data, "--batch-size", 18, "--knn-every", 0,
-        "--temp-parameter", 20, "--lr", 2, "--warmup-steps", 0, "--positive", "pair",
-    ]
-    # fmt: on
-
-
-def difference(a, b):
-    """The largest between two exported models' parameters."""
-    differences = []
-    for part in PARTS:
-        for name, value in a[part].items():
-            if "num_batches" not in name:
-                differences.append((value.double() - b[part][name]).abs().max())
-    return max(differences).item()
-
-
 def test_three_ranks_and_one_process_end_where_one_process_ends(
-    call, uneven, tmp_path, monkeypatch
+    call, tiny, tmp_path, monkeypatch
 ):
     """A signal that one rank alone gets ends all of them, with a checkpoint.
 
     In the last step of an epoch, the ranks have one image, one and none; of the last
-    validation batch 5, 5 and 4.
+    validation batch 5, 5 and 4. Batch norm is in eval mode, and gradients are too short
+    to be clipped: that would hide a factor.
     """
-    process = launch(3, tmp_path, "frozen,signal_in_epoch_2", *uneven)
-    status, out, err = finish(process)
+    write_raw(tmp_path, {"train": 11, "test": 10, "unlabelled": 106})
+    data = tmp_path / "data"
+    stl10_data_load.write_split(tmp_path / "stl10_binary", data, "unlabelled")
+    # fmt: off
+    uneven = [
+        *tiny, "--data-dir", data, "--batch-size", 18, "--knn-every", 0,
+        "--temp-parameter", 20, "--lr", 2, "--warmup-steps", 0, "--positive", "pair",
+    ]
+    # fmt: on
+    status, out, err = finish(launch(3, "frozen,signal_in_epoch_2", *uneven))
     assert status != 0
     assert not error_lines(err)
-    assert out.count("stopped in epoch 2 after step 2: continue with --resume") == 1, (
-        err
-    )
+    stopped = "stopped in epoch 2 after step 2: continue with --resume"
+    assert out.count(stopped) == 1, err
     assert "3 ranks" in out
     assert out.count("epoch 1/2: loss") == 1
-
-    everyone = seen_by(3, tmp_path)
-    assert sorted(images_of_epoch(everyone, 1)) == list(range(74)), "each once"
-    last = [len(one["steps"][4]["images"]) for one in everyone]
-    assert last == [1, 1, 0]
-    for one in everyone:
-        assert [step["equal"] for step in one["steps"]] == [True] * 7
 
     frozen(monkeypatch.setattr)
     torch.set_num_threads(1)
@@ -302,7 +249,12 @@ def test_three_ranks_and_one_process_end_where_one_process_ends(
         assert outcome.status == 0, outcome.err
     one = weights(tmp_path, "alone")
     three = weights(tmp_path, "exp")
-    assert difference(one, three) < 1e-5
+    for part in PARTS:
+        for name, value in one[part].items():
+            if "num_batches" not in name:
+                torch.testing.assert_close(
+                    three[part][name], value, rtol=0, atol=1e-5, msg=name
+                )
     for a, b in zip(one["history"], three["history"], strict=True):
         assert a["train_acc"] == b["train_acc"]
         assert a["val_acc"] == b["val_acc"]
@@ -310,53 +262,12 @@ def test_three_ranks_and_one_process_end_where_one_process_ends(
             assert a[column] == pytest.approx(b[column], abs=1e-5)
 
 
-# ---- The end of a job ----------------------------------------------------------------
-@pytest.fixture
-def endless(tiny, tmp_path):
-    """Two ranks in the first steps of a training that will not end by itself."""
-    flags = ("--only-train", "--batch-size", 4, "--knn-every", 0, "--epochs", 500)
-    flags = (*tiny, *flags, "--checkpoint-minutes", 0)
-    process = launch(2, tmp_path, "slow", *flags)
-    deadline = time.monotonic() + 400
-    while not (tmp_path / "weights/exp.ckpt").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def pid_of_rank(process, rank):
-    variable = f"\0RANK={rank}\0".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            after_the_name = (folder / "stat").read_text().rsplit(")", 1)[1]
-            parent = after_the_name.split()[1]
-            environment = (folder / "environ").read_bytes()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if parent == str(process.pid) and variable in environment:
-            return int(folder.name)
-    raise AssertionError("no such rank")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job(endless, rank):
-    os.kill(pid_of_rank(endless, rank), signal.SIGKILL)
-    status, _, err = finish(endless)
-    assert status != 0
-    [line] = error_lines(err)
-    assert line.startswith(f"error (rank {1 - rank}): another rank")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "flags", "lines"),
     [
         ("one_fails", (), {1: "rank 1 has a problem of its own: solve it"}),
+        ("one_is_killed", (), {}),
         ("other_images", (), {0: "different files: ", 1: "different files: "}),
         ("", ("--data-dir", "nowhere"), {0: "nowhere", 1: "nowhere"}),
     ],
@@ -365,7 +276,7 @@ def test_an_error_ends_all_ranks_with_a_line_of_each(
     tiny, tmp_path, what, flags, lines
 ):
     """The launcher may end a rank before it has spoken."""
-    status, _, err = finish(launch(2, tmp_path, what, *tiny, *flags))
+    status, _, err = finish(launch(2, what, *tiny, *flags))
     assert status != 0
     spoken = error_lines(err)
     speakers = [line.split(": ")[0] for line in spoken]

@@ -11,17 +11,13 @@ import pytest
 import torch
 from records import (
     checkpoint,
-    parts_of,
     same,
     same_results,
-    signal_in,
     signal_in_step,
-    table,
     weights,
 )
 
 import pirl_stl_train_test
-import train_stl_after_ssl
 from runtime import experiment as experiment_module
 from runtime.errors import UserError
 from runtime.experiment import CHANGEABLE, Experiment, TrainingState, settings_of
@@ -39,17 +35,6 @@ def make_experiment(tmp_path, kind=PRETRAINING_KIND):
         ]
     )
     return args, Experiment(args, kind)
-
-
-@pytest.fixture
-def fine_tune(call, tiny):
-    """fine_tune(name, *flags) is a tiny run: 2 epochs of 4 steps in the full stage."""
-
-    def fine_tune(name, *flags):
-        full = ("--full-fine-tune", "--full-epochs", 2, "--experiment-name", name)
-        return call("train_stl_after_ssl", *tiny, *full, *flags)
-
-    return fine_tune
 
 
 def file_contents(folder):
@@ -124,6 +109,7 @@ def test_rank_0_alone_writes_and_locks(tmp_path, monkeypatch):
     state = TrainingState(torch.device("cpu"))
     experiment.write_history([{"epoch": 1}])
     experiment.save_checkpoint(args, {}, trainer, state)
+    experiment.export(args, {}, state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -413,53 +399,22 @@ def test_a_copied_checkpoint_continues_under_its_new_name(
     assert {file: after[file] for file in before} == before
 
 
-@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_the_file_of_weights_is_not_read_again(
-    pretrain, finished, fine_tune, tmp_path, monkeypatch, script
+    pretrain, finished, tmp_path, monkeypatch
 ):
     """It may be gone, or be another one by now. The name is that of the checkpoint."""
     finished("start")
     file = shutil.move(tmp_path / "weights/start.pt", tmp_path / "moved.pt")
-    if script == "pirl_stl_train_test":
-        run = pretrain
-        trainer = pirl_stl_train_test.PretrainingTrainer
-    else:
-        run = fine_tune
-        trainer = train_stl_after_ssl.FineTuningTrainer
-    assert run("whole", "--pirl-model-name", file).status == 0
+    assert pretrain("whole", "--pirl-model-name", file).status == 0
 
     with monkeypatch.context() as patch:
-        signal_in(patch, trainer, "train_step", signal.SIGTERM, which=6)
-        assert run("exp", "--pirl-model-name", file).status == 143
-    (tmp_path / "moved.pt").unlink()
-    outcome = run("exp", "--pirl-model-name", "gone", "--resume")
+        signal_in_step(patch, signal.SIGTERM, 6)
+        assert pretrain("exp", "--pirl-model-name", file).status == 143
+    file.unlink()
+    outcome = pretrain("exp", "--pirl-model-name", "gone", "--resume")
     assert outcome.status == 0, outcome.err
-    assert table(tmp_path, "exp") == table(tmp_path, "whole")
-    first, second = weights(tmp_path, "exp"), weights(tmp_path, "whole")
-    assert same(first["trunk"], second["trunk"])
-    assert first["settings"]["pirl_model_name"] == str(file)
-
-
-def test_more_epochs_and_fewer(pretrain, finished, tmp_path):
-    """The other settings are refused or kept; epochs that are done stay done."""
-    finished("exp", "--lr", "0.3", "--knn-every", "0")
-    outcome = pretrain("exp", "--resume", "--lr", 0.1)
-    assert outcome.is_one_line_error("exp.ckpt", "--lr was 0.3, is 0.1")
-
-    outcome = pretrain("exp", "--resume", "--epochs", 1)
-    assert outcome.status == 0, outcome.err
-    assert "note: epoch 2 has begun already, so --epochs is 2" in outcome.out
-    model = weights(tmp_path, "exp")
-    assert model["settings"]["epochs"] == 2
-    assert len(model["history"]) == 2
-
-    outcome = pretrain("exp", "--resume", "--epochs", 3)
-    assert outcome.status == 0, outcome.err
-    model = weights(tmp_path, "exp")
-    assert model["settings"]["epochs"] == 3
-    assert model["settings"]["lr"] == 0.3
-    assert model["settings"]["knn_every"] == 0
-    assert [metrics["epoch"] for metrics in model["history"]] == [1, 2, 3]
+    assert same_results(tmp_path, "whole", "exp")
+    assert weights(tmp_path, "exp")["settings"]["pirl_model_name"] == str(file)
 
 
 def test_the_optimizer_s_settings_are_the_flags_and_not_the_checkpoint_s(
@@ -476,38 +431,3 @@ def test_the_optimizer_s_settings_are_the_flags_and_not_the_checkpoint_s(
     torch.save(content, tmp_path / "weights/exp.ckpt")
     assert pretrain("exp", "--resume").status == 0
     assert same_results(tmp_path, "whole", "exp")
-
-
-def test_the_full_stage_may_be_longer_or_begin_later(fine_tune, tmp_path):
-    """As if it had been run in one go."""
-    assert fine_tune("whole").status == 0
-    assert fine_tune("exp", "--full-fine-tune", "False").status == 0
-    assert fine_tune("exp", "--full-epochs", 1, "--resume").status == 0
-    outcome = fine_tune("exp", "--resume", "--weight-decay", 0)
-    assert outcome.is_one_line_error("--weight-decay was 0.0005, is 0.0")
-    assert fine_tune("exp", "--resume").status == 0
-    names = ("trunk", "softmax_layer", "results")
-    first, second = weights(tmp_path, "exp"), weights(tmp_path, "whole")
-    assert same(parts_of(first, names), parts_of(second, names))
-    assert first["settings"]["full_epochs"] == 2
-
-    outcome = fine_tune("exp", "--full-epochs", 1, "--resume")
-    assert "note: epoch 2 has begun already, so --full-epochs is 2" in outcome.out
-    assert weights(tmp_path, "exp")["settings"]["full_epochs"] == 2
-
-
-def test_test_images_may_appear_later(fine_tune, tmp_path, data_dir):
-    """And change: the accuracies are those of today's images."""
-    assert fine_tune("whole").status == 0
-    own = shutil.copytree(data_dir, tmp_path / "own")
-    shutil.rmtree(own / "test")
-    assert fine_tune("exp", "--data-dir", own).status == 0
-    results = weights(tmp_path, "exp")["results"]
-    assert results["softmax"][1] is None
-    assert results["full"][1] is None
-
-    outcome = fine_tune("exp", "--resume")
-    assert outcome.status == 0, outcome.err
-    names = ("trunk", "softmax_layer", "results")
-    whole = parts_of(weights(tmp_path, "whole"), names)
-    assert same(parts_of(weights(tmp_path, "exp"), names), whole)

@@ -19,7 +19,6 @@ from torch import distributed
 
 import pirl_stl_train_test
 import stl10_data_load
-import train_stl_after_ssl
 from runtime import ranks
 from runtime.errors import UserError
 from runtime.ranks import compare_ranks
@@ -168,13 +167,6 @@ def test_each_rank_needs_the_same_number_of_images_two_or_more(monkeypatch):
                 UserError, match=f"--batch-size {args.batch_size} .*mul"
             ):
                 pirl_stl_train_test.check_after_loading(args, 70)
-
-
-def test_fine_tuning_refuses_several_ranks(call, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_stl_after_ssl, "WORLD_SIZE", 2)
-    outcome = call("train_stl_after_ssl", *tiny)
-    assert outcome.is_one_line_error("one process", "without torchrun")
-    assert not (tmp_path / "weights").exists()
 
 
 # ---- Jobs ----------------------------------------------------------------------------

@@ -558,14 +558,6 @@ def compared_on_the_cpu(self, rows, index):
     return negatives(self, rows, index.cpu())
 
 
-def copied_by_a_cpu_index(self, index, image_embeddings):
-    self.vectors.index_copy_(0, index.cpu(), image_embeddings.float())
-
-
-def looked_up_by_a_cpu_index(self, rows, index):
-    return self.vectors[rows.cpu()], rows == index[:, None]
-
-
 def read_back(parameters, max_norm):
     return clip_grad_norm(parameters, max_norm).item()
 
@@ -580,76 +572,29 @@ def order_in_pageable_memory(self, epoch):
     return [index.clone() for index in epoch_batches(self, epoch)]
 
 
-def with_images(gather):
-    """load_batch() with another way to the images: gather(trainer, index)."""
-
-    def flawed(self, index, uniforms, epoch, step):
-        batch = load_batch(self, index, uniforms, epoch, step)
-        return batch._replace(images=gather(self, index))
-
-    return flawed
+def from_pageable_memory(self, index, *rest):
+    images = self.images.index_select(0, index)
+    images = images.to(self.device, non_blocking=True)
+    return load_batch(self, index, *rest)._replace(images=images)
 
 
-def by_a_pageable_index(self, index):
-    return self.images.index_select(0, index.clone().to(self.device))
+def from_pinned_memory_that_is_waited_for(self, index, *rest):
+    images = self.images.index_select(0, index).pin_memory().to(self.device)
+    return load_batch(self, index, *rest)._replace(images=images)
 
 
-def from_pageable_memory(self, index):
-    batch = self.images.index_select(0, index)
-    return batch.to(self.device, non_blocking=True)
+DEFECTS = [  # where the images are, owner, name, flaw
+    ("device", MemoryBank, "negatives", compared_on_the_cpu),
+    ("device", torch.nn.utils, "clip_grad_norm_", read_back),
+    ("device", losses, "modified_nce", looked_up_by_a_mask),
+    ("device", PretrainingTrainer, "epoch_batches", order_in_pageable_memory),
+    ("host", PretrainingTrainer, "load_batch", from_pageable_memory),
+    ("host", PretrainingTrainer, "load_batch", from_pinned_memory_that_is_waited_for),
+]
 
 
-def from_pinned_memory_that_is_waited_for(self, index):
-    return self.images.index_select(0, index).pin_memory().to(self.device)
-
-
-def by_an_index_of_the_device(self, index):
-    index = index.to(self.device, non_blocking=True)
-    return self.images.index_select(0, index).to(self.device)
-
-
-def by_an_index_that_comes_back(self, index):
-    index = index.to(self.device, non_blocking=True).cpu()
-    batch = self.images.index_select(0, index).pin_memory()
-    return batch.to(self.device, non_blocking=True)
-
-
-# fmt: off
-DEFECTS = {  # what -> owner, name, flaw
-    "an index on the CPU, compared with one on the GPU":
-        (MemoryBank, "negatives", compared_on_the_cpu),
-    "an index on the CPU for index_copy_":
-        (MemoryBank, "update", copied_by_a_cpu_index),
-    "rows looked up by an index on the CPU":
-        (MemoryBank, "negatives", looked_up_by_a_cpu_index),
-    "an item()":
-        (torch.nn.utils, "clip_grad_norm_", read_back),
-    "a boolean index":
-        (losses, "modified_nce", looked_up_by_a_mask),
-    "an index from memory that is not pinned":
-        (PretrainingTrainer, "epoch_batches", order_in_pageable_memory),
-    "images on the device, by an index from memory that is not pinned":
-        (PretrainingTrainer, "load_batch", with_images(by_a_pageable_index)),
-}
-DEFECTS_ON_HOST = {  # the same, of runs with --images-on host
-    "a batch from memory that is not pinned":
-        (PretrainingTrainer, "load_batch", with_images(from_pageable_memory)),
-    "a batch from pinned memory, but waited for":
-        (PretrainingTrainer, "load_batch",
-         with_images(from_pinned_memory_that_is_waited_for)),
-    "images on the host, by an index on the device":
-        (PretrainingTrainer, "load_batch", with_images(by_an_index_of_the_device)),
-    "images on the host, by an index that is read back":
-        (PretrainingTrainer, "load_batch", with_images(by_an_index_that_comes_back)),
-}
-# fmt: on
-
-
-def find_defect(owner, name, flaw, place):
-    """What is seen of a defect: an error, or waits within steps.
-
-    place: of the images.
-    """
+def find_defect(place, owner, name, flaw):
+    """What is seen of a defect: an error, or waits within steps."""
     planted = mock.patch.object(owner, name, flaw)
     try:
         with planted, scripts() as (seen, call, _):
@@ -671,11 +616,11 @@ def main():
         sys.exit(bool(lines))
 
     all_found = True
-    for place, defects in (("device", DEFECTS), ("host", DEFECTS_ON_HOST)):
-        for what, planted in defects.items():
-            lines = find_defect(*planted, place)
-            print(f"{what}: {lines[0] if lines else 'NOT FOUND'}")
-            all_found = all_found and bool(lines)
+    for planted in DEFECTS:
+        lines = find_defect(*planted)
+        flaw = planted[-1].__name__
+        print(f"{flaw}: {lines[0] if lines else 'NOT FOUND'}")
+        all_found = all_found and bool(lines)
     sys.exit(not all_found)
 
 

@@ -134,10 +134,12 @@ def test_a_name_whose_checkpoint_is_gone_cannot_be_continued(
     pretrain, finished, tmp_path
 ):
     finished("exp")
-    (tmp_path / "weights/exp.ckpt").unlink()
-    for flags in ((), ("--resume",)):
-        outcome = pretrain("exp", *flags)
-        assert outcome.is_one_line_error("exp.ckpt is gone, so choose another")
+    for lost, taken in (("exp.ckpt", "exp.pt"), ("exp.pt", "exp_observations.csv")):
+        (tmp_path / "weights" / lost).unlink()
+        for flags in ((), ("--resume",)):
+            outcome = pretrain("exp", *flags)
+            parts = (f"{taken})", "exp.ckpt is gone, so choose another")
+            assert outcome.is_one_line_error(*parts)
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)
@@ -354,16 +356,39 @@ def test_a_flag_that_the_checkpoint_does_not_know_cannot_be_changed(parser, tmp_
         restored(parser, tmp_path, [], ["--beta", "0.4"], unknown=["beta"])
 
 
-def test_changes_that_are_allowed_are_notes(parser, tmp_path, capsys):
-    now = ["--epochs", "200", "--checkpoint-minutes", "3"]
-    changeable = {"epochs", "checkpoint_minutes"}
-    args = restored(parser, tmp_path, ["--lr", "0.3"], now, changeable)
-    assert args.epochs == 200
-    assert args.checkpoint_minutes == 3
-    assert args.lr == 0.3
-    out = capsys.readouterr().out
-    assert "note: --epochs was 100, is 200\n" in out
-    assert "note: --checkpoint-minutes was 10.0, is 3.0\n" in out
+# What the two tests below say of each flag of pretraining; all others are refused.
+PLACES = {"data_dir", "weights_dir", "observations_dir", "experiment_name", "device"}
+PLACES |= {"images_on", "resume"}
+MAY_CHANGE = {"epochs", "knn_every", "tensorboard", "compile", "cuda_graph"}
+MAY_CHANGE |= {"tmax_for_cos_decay", "checkpoint_minutes", "precision"}
+
+
+def another_value(action):
+    """Another one than the flag's default, as a text."""
+    if action.choices:
+        return next(value for value in action.choices if value != action.default)
+    if action.nargs == "?":
+        return str(not action.default)
+    return "0.7" if isinstance(action.default, float) else "70"
+
+
+def test_a_changed_flag_is_a_note_or_refused(parser, tmp_path, capsys):
+    changeable = CHANGEABLE | pirl_stl_train_test.CHANGEABLE_HERE
+    for action in parser._actions[1:]:
+        flag = action.option_strings[-1]
+        now = [flag, another_value(action)]
+        if action.dest in MAY_CHANGE:
+            args = restored(parser, tmp_path, [], now, changeable)
+            assert str(getattr(args, action.dest)) in now[1]
+            assert f"note: {flag} was " in capsys.readouterr().out
+        elif action.dest == "pirl_model_name":
+            assert (
+                restored(parser, tmp_path, [], now, changeable).pirl_model_name is None
+            )
+            assert f"note: {flag} is not read" in capsys.readouterr().out
+        elif action.dest not in PLACES:
+            with pytest.raises(UserError, match=f"{flag} was "):
+                restored(parser, tmp_path, [], now, changeable)
 
 
 def test_folders_and_devices_are_those_of_the_place(parser, tmp_path, capsys):

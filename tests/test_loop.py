@@ -39,6 +39,7 @@ ALL_SIGNALS = [signal.SIGTERM, signal.SIGINT, *FROM_OUTSIDE]
 def clock(monkeypatch):
     """The loop's clock, which stands still unless the test moves it."""
     clock = Clock(0)
+    clock.now = 5000
     monkeypatch.setattr(loop, "time", clock)
     return clock
 
@@ -176,7 +177,7 @@ def test_a_checkpoint_is_due(
     """Every so many minutes; at an epoch's end unless the last is younger than one."""
     control = make_loop(tmp_path, minutes)
     if has_checkpoint:
-        clock.now = 1000
+        clock.now += 1000
         control.checkpoint()
     clock.now += seconds
     assert control.checkpoint_due(last_step) == due

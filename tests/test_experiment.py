@@ -382,9 +382,8 @@ def test_a_changed_flag_is_a_note_or_refused(parser, tmp_path, capsys):
             assert str(getattr(args, action.dest)) in now[1]
             assert f"note: {flag} was " in capsys.readouterr().out
         elif action.dest == "pirl_model_name":
-            assert (
-                restored(parser, tmp_path, [], now, changeable).pirl_model_name is None
-            )
+            args = restored(parser, tmp_path, [], now, changeable)
+            assert args.pirl_model_name is None
             assert f"note: {flag} is not read" in capsys.readouterr().out
         elif action.dest not in PLACES:
             with pytest.raises(UserError, match=f"{flag} was "):

@@ -124,3 +124,11 @@ def test_each_patch_has_its_own_colours():
     for colours in patches.mean((-1, -2)):  # [9, 3]
         different = {tuple(round(value, 1) for value in c.tolist()) for c in colours}
         assert len(different) >= 6
+
+
+def test_the_picture_of_a_crop_has_two_white_lines_each_way():
+    """Between the cells of 16 pixels; two pixels of 50 are behind the third."""
+    picture = Jigsaw().crop_pictures(torch.zeros(1, 3, 50, 50), make_uniforms(1))[0]
+    rows = picture[:, :, 0].amin(0).nonzero().flatten().tolist()
+    columns = picture[:, 0].amin(0).nonzero().flatten().tolist()
+    assert rows == columns == [15, 16, 31, 32]

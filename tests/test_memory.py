@@ -280,8 +280,12 @@ def test_free_memory_is_divided_by_the_ranks_of_a_node(free, monkeypatch):
     monkeypatch.setattr(memory, "WORLD_SIZE", 8)
     free(host=HUNDRED_IMAGES)
     fill_images(SHAPE, CPU, fill_by_number)
+    with pytest.raises(KeyboardInterrupt):
+        fill_images(SHAPE, CUDA, interrupted)
 
     free(host=4 * HUNDRED_IMAGES)
+    with pytest.raises(KeyboardInterrupt):
+        fill_images(SHAPE, CUDA, interrupted, all_ranks=True)
     free(host=4 * HUNDRED_IMAGES - 1)
     with pytest.raises(UserError, match=r"there is room for 0\.000389 GB"):
         fill_images(SHAPE, CUDA, fill_by_number, all_ranks=True)

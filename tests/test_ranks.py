@@ -55,7 +55,8 @@ def test_a_launcher_sets_all_of_its_variables(monkeypatch):
         assert places(monkeypatch, some) == (0, 1, 0, 1), missing
 
 
-def test_how_ranks_meet(monkeypatch):
+def test_how_ranks_meet_and_take_leave(monkeypatch):
+    """Without a barrier, the interpreter's end may hang in a closed connection."""
     met = []
 
     def init_process_group(backend, device_id=None):
@@ -69,6 +70,14 @@ def test_how_ranks_meet(monkeypatch):
     ranks.init_distributed(card)
     ranks.init_distributed(torch.device("cpu"))
     assert met == [("cpu:gloo,cuda:nccl", card), ("gloo", None)]
+
+    ranks.cleanup_distributed()  # there is nothing to close
+    left = []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(distributed, name, lambda name=name: left.append(name))
+    ranks.cleanup_distributed()
+    assert left == ["barrier", "destroy_process_group"]
 
 
 def test_rows_are_gathered_in_the_batch_s_order(monkeypatch):

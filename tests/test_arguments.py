@@ -94,6 +94,7 @@ def test_a_file_to_write(tmp_path, monkeypatch):
     Path("file").touch()
     Path("to_a_file").symlink_to("new/below.png")
     Path("to_nothing").symlink_to("file/below.png")
+    Path("loop").symlink_to("loop")
     for name in ("new.png", "file", "folder/new.png", "a/b/c.png", "to_a_file"):
         assert output_file(name) == Path(name)
     assert not Path("a").exists(), "only the work itself makes folders"
@@ -102,6 +103,7 @@ def test_a_file_to_write(tmp_path, monkeypatch):
     assert refused(output_file, os.devnull, "not a regular file")
     assert refused(output_file, "file/new.png", f"^{tmp_path}/file is not a folder$")
     assert refused(output_file, "to_nothing", "file is not a folder")
+    assert refused(output_file, "loop/new.png", f"^{tmp_path}/loop is not a folder$")
 
     # Root may write everywhere.
     locked = str(tmp_path / "folder")

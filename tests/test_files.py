@@ -24,8 +24,11 @@ def names_in(folder):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new/table.csv"
     with atomic_write(path, "w") as file:
-        file.write("first")
-        assert not path.exists()
+        with atomic_write(path.with_suffix(".md")) as other:
+            other.write(b"of the same stem")
+            file.write("first")
+        assert names_in(path.parent) == [".table.csv.part", "table.md"]
+    path.with_suffix(".md").unlink()
     assert path.read_text() == "first"
 
     for error in (ValueError, KeyboardInterrupt, SystemExit):

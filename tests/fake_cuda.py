@@ -550,7 +550,6 @@ def waits(seen):
 # ---- Planted defects -----------------------------------------------------------------
 negatives = MemoryBank.negatives
 clip_grad_norm = torch.nn.utils.clip_grad_norm_
-epoch_batches = PretrainingTrainer.epoch_batches
 load_batch = PretrainingTrainer.load_batch
 
 
@@ -568,16 +567,6 @@ def looked_up_by_a_mask(logits):
     return losses[finite].view(finite.shape)
 
 
-def order_in_pageable_memory(self, epoch):
-    return [index.clone() for index in epoch_batches(self, epoch)]
-
-
-def from_pageable_memory(self, index, *rest):
-    images = self.images.index_select(0, index)
-    images = images.to(self.device, non_blocking=True)
-    return load_batch(self, index, *rest)._replace(images=images)
-
-
 def from_pinned_memory_that_is_waited_for(self, index, *rest):
     images = self.images.index_select(0, index).pin_memory().to(self.device)
     return load_batch(self, index, *rest)._replace(images=images)
@@ -587,8 +576,6 @@ DEFECTS = [  # where the images are, owner, name, flaw
     ("device", MemoryBank, "negatives", compared_on_the_cpu),
     ("device", torch.nn.utils, "clip_grad_norm_", read_back),
     ("device", losses, "modified_nce", looked_up_by_a_mask),
-    ("device", PretrainingTrainer, "epoch_batches", order_in_pageable_memory),
-    ("host", PretrainingTrainer, "load_batch", from_pageable_memory),
     ("host", PretrainingTrainer, "load_batch", from_pinned_memory_that_is_waited_for),
 ]
 

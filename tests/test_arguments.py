@@ -193,7 +193,6 @@ def test_help_begins_with_what_everybody_sets_and_ends_with_what_few_do(parser_o
         order = re.findall(r"^  (--[\w-]+)", text, re.M)
         assert order[:5] == first
         assert order[-len(last) :] == last
-        assert order == [flag for flag in flags_of(parser_of(script)) if flag in order]
 
 
 # What --help says of a flag's values; without an upper end, their smallest.

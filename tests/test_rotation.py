@@ -136,16 +136,6 @@ def test_from_pretraining_to_fine_tuning(pretrain, call, tiny, tmp_path, task):
     assert set(weights(tmp_path, "fine")["results"]) >= {"softmax", "full"}
 
 
-def test_resume_with_another_task_is_refused_by_name(pretrain, finished, tmp_path):
-    """Even with the combination, whose network is the same."""
-    finished("exp", "--epochs", 1)
-    before = (tmp_path / "weights/exp.ckpt").read_bytes()
-    for task in ("rotation", "jigsaw-rotation"):
-        outcome = pretrain("exp", "--pretext", task, "--resume")
-        assert outcome.is_one_line_error(f"--pretext was jigsaw, is {task}")
-    assert (tmp_path / "weights/exp.ckpt").read_bytes() == before
-
-
 @pytest.mark.parametrize(
     ("before", "others"),
     [("jigsaw", ["rotation"]), ("rotation", ["jigsaw", "jigsaw-rotation"])],
@@ -157,8 +147,3 @@ def test_a_warm_start_with_another_head_is_refused(pretrain, tmp_path, before, o
         outcome = pretrain("second", *flags)
         assert outcome.is_one_line_error("first.pt", "--pretext")
         assert not list((tmp_path / "weights").glob("second.*"))
-
-
-def test_no_such_task(pretrain):
-    outcome = pretrain("exp", "--pretext", "colouring")
-    assert outcome.is_one_line_error("--pretext", *TASKS, status=2)

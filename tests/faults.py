@@ -258,6 +258,28 @@ def signalled(job, folder, rng, number, statuses, times=TIMES):
     return faults, problems
 
 
+def twice_terminated(job, folder, rng):
+    """A second SIGTERM comes while the first one is being answered."""
+    faults = 0
+    problems = []
+    process = job.start(folder)
+    time.sleep(rng.uniform(0, job.seconds))
+    for pause in (rng.uniform(0, 0.3), 0):
+        faults += process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+    out, err = process.communicate(timeout=120)
+
+    statuses = (0, 143, -signal.SIGTERM)
+    orderly = process.returncode in statuses and len(err.splitlines()) <= 1
+    if not orderly and not has_finished(out):
+        problems.append(f"status {process.returncode}: {err.strip()}")
+    check_files(folder, problems)
+    job.finish(folder, problems)
+    job.compare(folder, problems)
+    return faults, problems
+
+
 def full_disk(job, folder, rng):
     """No file may grow beyond a random size, as on a disk that is full then."""
     size = int(10 ** rng.uniform(3, math.log10(job.largest_file)))
@@ -367,6 +389,7 @@ FAULTS = [
     Fault("SIGINT", "pretrain", sigint, times=TIMES),
     Fault("SIGINT", "fine-tune", sigint, times=TIMES),
     Fault("SIGINT", "prepare", sigint, times=TIMES),
+    Fault("SIGTERM twice", "pretrain", twice_terminated),
     Fault("full disk", "pretrain", full_disk, weight=2),
     Fault("full disk", "fine-tune", full_disk, weight=2),
     Fault("full disk", "prepare", full_disk, weight=2),

@@ -368,8 +368,8 @@ def test_the_script_draws_the_first_images(tmp_path, monkeypatch, capsys):
     assert (draw("b.png", "--seed", "1", "--out", "b.png") != jigsaw).any()
     single = draw("c.png", "--images", "1", "--out", "c.png")
     assert single.shape == (208, 3 * 200 + 8, 3)
-    small = draw("d.png", "--pretext", "rotation", "--image-size", "48")
+    small = draw("rotation.png", "--pretext", "rotation", "--image-size", "48")
     assert small.shape == (2 * 104 + 8, 4 * 104 + 8, 3)
-    plain = draw("e.png", "--pretext", "rotation", "--colour-strength", "0")
+    plain = draw("rotation.png", "--pretext", "rotation", "--colour-strength", "0")
     seen = cell_of(plain, 0, 1)[:, 40, 40]
     assert (seen - torch.tensor([20, 0, 230])).abs().max() <= 3, "no other colours"

@@ -72,7 +72,7 @@ DATA ?= stl10_data
 SEEDS ?= 3
 EPOCHS ?= 100
 LABELLED_EPOCHS ?= 100
-results: .venv/development  ## the whole results table (DATA=stl10_data SEEDS=3 EPOCHS=100 LABELLED_EPOCHS=100 FLAGS='')
+results: .venv/development  ## the whole results table (DATA=stl10_data SEEDS=3 EPOCHS=100 LABELLED_EPOCHS=100 FLAGS='' LABELLED_FLAGS='')
 	$(PY) -m benchmarks.results --data-dir $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) \
 	    --labelled-epochs $(LABELLED_EPOCHS) --flags="$(FLAGS)" --labelled-flags="$(LABELLED_FLAGS)"
 

@@ -113,6 +113,8 @@ def made_up_accuracy(trunk, seed, stage, split):
 
 def made_up_run(trunk, seed):
     """As finished_run() gives it, as far as the table reads it; trunk: None of PIRL."""
+    columns = ("epoch", "seconds", "train_loss", "train_acc", "knn_acc")
+    epochs = ((1, 120.0, 2.0, 0.1, None), (2, 60.0 + 12 * seed, 1, 0.2, 0.3))
     results_of = {}
     for stage in STAGES if trunk else ():
         pair = [made_up_accuracy(trunk, seed, stage, split) for split in (0, 1)]
@@ -120,10 +122,7 @@ def made_up_run(trunk, seed):
     return {
         "images": 70,
         "machine": "a machine",
-        "history": [
-            {"epoch": 1, "seconds": 120.0, "train_loss": 2.0, "knn_acc": None},
-            {"epoch": 2, "seconds": 60.0 + 12 * seed, "train_loss": 1, "knn_acc": 0.3},
-        ],
+        "history": [dict(zip(columns, epoch, strict=True)) for epoch in epochs],
         "results": results_of,
         "seconds": {
             "softmax": 30.0 + 6 * seed,
@@ -148,7 +147,7 @@ def test_results_run_the_recommended_commands_and_each_column_has_its_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "finished_run", finished_run)
     figure = MagicMock()
-    panels = [MagicMock(), MagicMock()]
+    panels = [MagicMock(), MagicMock(), MagicMock()]
     figure.return_value.subplots.return_value = panels
     monkeypatch.setattr(results, "import_figure", lambda: figure)
     arguments = ["--data-dir", "data", "--seeds", "2", "--epochs", "7"]
@@ -201,7 +200,8 @@ def test_results_run_the_recommended_commands_and_each_column_has_its_runs(
     ):
         assert row in lines
 
-    for panel, curve in zip(panels, (([1, 2], [2.0, 1]), ([2], [0.3])), strict=True):
+    curves = (([1, 2], [2.0, 1]), ([1, 2], [0.1, 0.2]), ([2], [0.3]))
+    for panel, curve in zip(panels, curves, strict=True):
         assert [drawn.args for drawn in panel.plot.call_args_list] == [curve] * 2
 
     command = "python pirl_stl_train_test.py --data-dir data --epochs 7"

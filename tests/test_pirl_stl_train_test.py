@@ -185,6 +185,7 @@ def test_what_a_resumed_run_may_change_and_what_not(pretrain, finished, tmp_path
         "note: --cuda-graph was False, is True",
         "note: --checkpoint-minutes was 10.0, is 3.0",
     ]
+    assert "note: --cuda-graph True has no effect here" in outcome.out
     settings = weights(tmp_path, "exp")["settings"]
     assert settings["knn_every"] == 1
     assert settings["tmax_for_cos_decay"] == 3
@@ -390,7 +391,7 @@ def test_compiled_code_serves_full_batches_alone(tiny):
 
 
 # ---- Ranks ---------------------------------------------------------------------------
-def test_files_and_place_are_compared_before_the_first_step(
+def test_files_weights_and_place_are_compared_before_the_first_step(
     pretrain, finished, tmp_path, monkeypatch
 ):
     """A node without the checkpoint would start over while the others go on."""
@@ -402,7 +403,20 @@ def test_files_and_place_are_compared_before_the_first_step(
     assert pretrain("exp", "--resume").status == 0
     saved = checkpoint(tmp_path, "exp")
     images = {name: saved[name] for name in ("checksum", "files", "decoder")}
-    assert compared == [(), (images, 3, 0)]
+    assert compared[0] == ()
+    assert compared[1][:3] == (images, 3, 0)
+
+    # A file of weights to start from, and another one that differs in one number.
+    weights_of_exp = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
+    weights_of_exp["trunk"]["bn1.running_mean"][3] += 1e-3
+    torch.save(weights_of_exp, tmp_path / "weights/other.pt")
+    checksums = []
+    for run, start in (("a", "exp"), ("b", "exp"), ("c", "other")):
+        compared.clear()
+        assert pretrain(run, "--pirl-model-name", start).status == 0
+        assert compared[1][1:3] == (1, 0)
+        checksums.append(compared[1][3])
+    assert checksums[0] == checksums[1] != checksums[2]
 
 
 def test_rank_0_alone_measures_logs_and_exports(pretrain, tmp_path, monkeypatch):

@@ -37,7 +37,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import extract_features
-import losses
 import models
 import pirl_stl_train_test
 import stl10_data_load
@@ -551,6 +550,7 @@ def waits(seen):
 negatives = MemoryBank.negatives
 clip_grad_norm = torch.nn.utils.clip_grad_norm_
 load_batch = PretrainingTrainer.load_batch
+log_softmax = torch.nn.functional.log_softmax
 
 
 def compared_on_the_cpu(self, rows, index):
@@ -561,10 +561,9 @@ def read_back(parameters, max_norm):
     return clip_grad_norm(parameters, max_norm).item()
 
 
-def looked_up_by_a_mask(logits):
-    finite = logits[..., 0].isfinite()
-    losses = -logits.log_softmax(-1)[..., 0]
-    return losses[finite].view(finite.shape)
+def looked_up_by_a_mask(logits, dim):
+    log_h = log_softmax(logits, dim)
+    return log_h[~log_h.isnan()].view(log_h.shape)
 
 
 def from_pinned_memory_that_is_waited_for(self, index, *rest):
@@ -575,7 +574,7 @@ def from_pinned_memory_that_is_waited_for(self, index, *rest):
 DEFECTS = [  # where the images are, owner, name, flaw
     ("device", MemoryBank, "negatives", compared_on_the_cpu),
     ("device", torch.nn.utils, "clip_grad_norm_", read_back),
-    ("device", losses, "modified_nce", looked_up_by_a_mask),
+    ("device", torch.nn.functional, "log_softmax", looked_up_by_a_mask),
     ("host", PretrainingTrainer, "load_batch", from_pinned_memory_that_is_waited_for),
 ]
 

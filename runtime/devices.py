@@ -203,6 +203,7 @@ def restore_optimizer(optimizer, scaler, saved):
         for name, value in before.items():
             if name not in ("params", "lr"):
                 group[name] = value
-    # A resumed run may have another precision. Only fp16's scaler has a state.
-    if saved["scaler"] and scaler.is_enabled():
+    # Only fp16's scaler has a state. A resumed run may have another precision; then
+    # load_state_dict() does nothing.
+    if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])

@@ -104,6 +104,9 @@ def test_validation_of_fine_tuning(tiny):
     with torch.no_grad():
         # The features of a random trunk nearly coincide: their differences must count.
         trainer.averaged_model.softmax_layer.weight *= 100
+        trainer.averaged_model.trunk.conv1.weight.copy_(
+            trainer.model.trunk.conv1.weight.flip(0)
+        )
     slow_model = plain_copy(trainer.averaged_model).eval()
     before = state_of(trainer.averaged_model)
     trainer.averaged_model.train()

@@ -26,7 +26,7 @@ class MemoryBank(nn.Module):
     def draw(self, count, generator):
         """The rows of a batch's negatives, int64 [count + 1], none of them twice.
 
-        They are uniform over the training images. There is one more than --count-
+        They are uniform over the training images. There is one more than an image has
         negatives, since each image leaves one out: see negatives().
         """
         order = torch.randperm(

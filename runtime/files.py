@@ -119,6 +119,6 @@ def cpu_state_dict(module):
 def weights_checksum(module):
     """The CRC-32 of a module's state dict: another number if a weight differs."""
     checksum = 0
-    for value in cpu_state_dict(module).values():
-        checksum = zlib.crc32(value.contiguous().numpy(), checksum)
+    for value in module.state_dict().values():
+        checksum = zlib.crc32(value.cpu().contiguous().numpy(), checksum)
     return checksum

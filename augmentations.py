@@ -68,9 +68,10 @@ class ImageView(nn.Module):
 class LabelledView(nn.Module):
     """The view for fine-tuning: crop, rotation by up to 15°, flip, brightness."""
 
-    def __init__(self):
+    def __init__(self, mean=PIXEL_MEAN, std=PIXEL_STD):
+        """mean, std: of the pixels, as the trunk expects them; see normalize()."""
         super().__init__()
-        self.normalize = Normalize()
+        self.normalize = Normalize(mean, std)
 
     def forward(self, images, uniforms):
         """images [B, 3, S, S] float32 in 0 … 255, uniforms [B, 7] -> [B, 3, S, S].
@@ -167,11 +168,11 @@ def sample(images, transforms, side):
 class Normalize(nn.Module):
     """RGB in 0 … 1 to mean 0 and standard deviation 1, channels-last."""
 
-    def __init__(self):
+    def __init__(self, mean=PIXEL_MEAN, std=PIXEL_STD):
         super().__init__()
         # As buffers they are on the training device: a step need not send them there.
-        mean = torch.tensor(PIXEL_MEAN)[:, None, None]
-        std = torch.tensor(PIXEL_STD)[:, None, None]
+        mean = torch.tensor(mean)[:, None, None]
+        std = torch.tensor(std)[:, None, None]
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -249,9 +250,12 @@ class ColourJitter(nn.Module):
         return (matrices @ images.flatten(2)).view_as(images)
 
 
-def normalize(images):
-    """uint8 [B, 3, S, S] -> float32: images as evaluation feeds them to the trunk."""
-    images = TF.normalize(images / 255, PIXEL_MEAN, PIXEL_STD)
+def normalize(images, mean=PIXEL_MEAN, std=PIXEL_STD):
+    """uint8 [B, 3, S, S] -> float32: images as evaluation feeds them to the trunk.
+
+    mean and std of the pixels, R, G and B in 0 … 1: as the trunk had them in training.
+    """
+    images = TF.normalize(images / 255, mean, std)
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -404,7 +404,7 @@ def load_labelled(data_dir, side, device, seed):
         files += val_files
         labels += val_labels
 
-    labels = np.array(labels)
+    labels = np.array(labels, np.int64)
     images, fingerprint = load_images(files, side, device, train_folder.name)
     fingerprint["checksum"] = zlib.crc32(labels, fingerprint["checksum"])
     labels = torch.from_numpy(labels).to(device)
@@ -437,7 +437,7 @@ def load_test(data_dir, side, device, folders):
         images = torch.empty((0, 3, side, side), dtype=torch.uint8, device=device)
         labels = torch.empty(0, dtype=torch.int64, device=device)
         return LabelledImages(images, labels), 0
-    labels = np.array(labels)
+    labels = np.array(labels, np.int64)
     images, fingerprint = load_images(files, side, device, folder.name)
     checksum = zlib.crc32(labels, fingerprint["checksum"])
     return LabelledImages(images, torch.from_numpy(labels).to(device)), checksum

@@ -35,7 +35,7 @@ def with_plain_bn_statistics(trunk, images, batch_size):
     # tensor_split makes batches whose sizes differ by one at most.
     count = math.ceil(len(images) / min(batch_size, EVALUATION_BATCH))
     batches = images.tensor_split(count)
-    update_bn((normalize(batch) for batch in batches), trunk)
+    update_bn((trunk_input(trunk, batch) for batch in batches), trunk)
     return trunk.eval()
 
 
@@ -52,9 +52,14 @@ def trunk_features(trunk, images, batch_size, flip=False):
         for batch in images.split(min(batch_size, EVALUATION_BATCH)):
             if flip:
                 batch = batch.flip(3)
-            features.append(trunk(normalize(batch)))
+            features.append(trunk(trunk_input(trunk, batch)))
             bar.update(len(batch))
     return torch.cat(features)
+
+
+def trunk_input(trunk, images):
+    """uint8 [B, 3, S, S] -> float32, normalised as this trunk expects it."""
+    return normalize(images, trunk.pixel_mean, trunk.pixel_std)
 
 
 def nearest_neighbours(features, queries, count):

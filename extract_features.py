@@ -19,8 +19,7 @@ import torch
 
 import dataset_helpers
 import models
-from augmentations import normalize
-from evaluation import EVALUATION_BATCH, nearest_neighbours
+from evaluation import EVALUATION_BATCH, nearest_neighbours, trunk_input
 from pictures import neighbour_picture, save_picture
 from runtime.arguments import (
     Parser,
@@ -140,8 +139,11 @@ class Network:
     @torch.no_grad()
     def features(self, images):
         """uint8 [N, 3, S, S] on the host -> float32 [N, d]."""
-        batches = images.split(self.batch_size)
-        return torch.cat([self.trunk(normalize(b.to(self.device))) for b in batches])
+        features = []
+        for batch in images.split(self.batch_size):
+            pixels = trunk_input(self.trunk, batch.to(self.device))
+            features.append(self.trunk(pixels))
+        return torch.cat(features)
 
     @torch.no_grad()
     def probabilities(self, features):

@@ -47,8 +47,8 @@ def trunk(path):
     opened, to float32 [3, S, S]: what extract_features.py does to its images.
     """
     with own_modules():
-        from augmentations import normalize
         from dataset_helpers import square
+        from evaluation import trunk_input
         from models import load_network
         from runtime.weights import architecture_of, choose_image_size, read_weights
 
@@ -58,7 +58,7 @@ def trunk(path):
 
     def prepare(picture):
         pixels = pil_to_tensor(square(picture, side))
-        return normalize(pixels[None])[0]
+        return trunk_input(resnet, pixels[None])[0]
 
     return resnet.eval(), prepare
 

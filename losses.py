@@ -9,6 +9,7 @@ import torch.nn.functional as F
 def pirl_loss(image_embeddings, pretext_embeddings, memory, negatives, mask, args):
     """L = λ · loss(m_I, g(φ(I_t))) + (1 − λ) · loss(m_I, f(φ(I))) (equation 5).
 
+    With --positive pair, f(φ(I)) stands for m_I in the first term.
     image_embeddings and pretext_embeddings [B, 128]: what the heads f and g give.
     memory [B, 128]: the images' own rows of the bank. negatives [C, 128]: unit vectors.
     mask [B, C] bool: True where one of these must not count for that image. args:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
+from augmentations import PIXEL_MEAN, PIXEL_STD
 from runtime.weights import architecture_of, load_weights
 
 TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
@@ -21,11 +22,14 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
     """torchvision's ResNet without its last layer: float [B, 3, H, W] -> [B, d].
 
     stem "small": the first convolution is 3 × 3 with stride 1, for small images, at
-    four times the work. zero_init: every residual block starts as the identity, with a
-    zero-initialised last batch norm (Goyal et al., arXiv:1706.02677, section 5.1).
+    four times the work. zero_init: every residual block starts as its shortcut (the
+    identity in most blocks), with a zero-initialised last batch norm (Goyal et al.,
+    arXiv:1706.02677, section 5.1).
     Returns (trunk, d), where d is 512, or 2048 for res50.
     """
     trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
+    trunk.pixel_mean = PIXEL_MEAN
+    trunk.pixel_std = PIXEL_STD
     dimension = trunk.fc.in_features
     trunk.fc = nn.Identity()
 
@@ -34,6 +38,16 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
         # As torchvision initialises its convolutions.
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
     return trunk, dimension
+
+
+def use_pixels_of(trunk, content):
+    """Note in the trunk how its images are normalised: as in the run that made it.
+
+    content: a dict with pixel_mean and pixel_std, or without them, as in a checkpoint
+    of pretraining, which normalises as make_trunk() says.
+    """
+    trunk.pixel_mean = content.get("pixel_mean", PIXEL_MEAN)
+    trunk.pixel_std = content.get("pixel_std", PIXEL_STD)
 
 
 # ---- PIRL ----------------------------------------------------------------------------
@@ -128,6 +142,7 @@ def load_network(path, weights):
         softmax_layer = nn.Linear(dimension, len(weights["classes"]))
         modules["softmax_layer"] = softmax_layer
     load_weights(modules, weights, path)
+    use_pixels_of(trunk, weights)
     return trunk, softmax_layer
 
 

@@ -319,8 +319,8 @@ class PretrainingTrainer:
             # channels-last order. That changes neither the result nor the speed.
             warnings.filterwarnings("ignore", "Grad strides do not match")
             # Batch norm uses the statistics of each rank's own share (there is no
-            # SyncBatchNorm), so its buffers are not broadcast in every step; validate()
-            # does that.
+            # SyncBatchNorm), so its buffers are not broadcast in every step: validate()
+            # does that, and checkpoints have those of rank 0.
             self.parallel_model = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False
             )
@@ -438,8 +438,7 @@ class PretrainingTrainer:
             images = pinned.to(self.device, non_blocking=True)
 
         # The same negatives on all ranks.
-        seed = derived_seed(self.args.seed, NEGATIVES, epoch, step)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = make_generator(self.device, self.args.seed, NEGATIVES, epoch, step)
         drawn = self.bank.draw(self.negative_count, generator)
         return Batch(
             index=index_on_device,

@@ -268,8 +268,8 @@ def finish(trainer, test, state, experiment, argv, loop):
         validation_images=[data.files[row] for row in data.val.tolist()],
         results=trainer.results,
         seconds=trainer.seconds,
-        pixel_mean=augmentations.PIXEL_MEAN,
-        pixel_std=augmentations.PIXEL_STD,
+        pixel_mean=finished.trunk.pixel_mean,
+        pixel_std=finished.trunk.pixel_std,
     )
     table = results_table(
         f"{trainer.trunk_name}, images of {args.data_dir}", trainer.results
@@ -321,6 +321,7 @@ class FineTuningTrainer:
         if weights:
             load_weights({"trunk": trunk}, weights, path)
             self.trunk_name = trunk_name_of(path, weights)
+        models.use_pixels_of(trunk, checkpoint or weights)
         softmax_layer = nn.Linear(dimension, len(self.classes))
         self.model = models.as_classifier(trunk, softmax_layer)
         self.model.to(device, memory_format=torch.channels_last)
@@ -336,7 +337,8 @@ class FineTuningTrainer:
         # The softmax stage uses these weights, and the full stage starts from them.
         self.start_weights = cpu_state_dict(self.model.trunk)
 
-        self.view = augmentations.LabelledView().to(device)
+        self.view = augmentations.LabelledView(trunk.pixel_mean, trunk.pixel_std)
+        self.view.to(device)
         parameters = self.model.parameters()
         self.optimizer = make_optimizer(parameters, args.full_lr, args.weight_decay)
         self.scaler = make_scaler(device, args.precision)
@@ -365,6 +367,8 @@ class FineTuningTrainer:
             "softmax_layer": self.model.softmax_layer.state_dict(),
             "start_trunk": self.start_weights,
             "trunk_name": self.trunk_name,
+            "pixel_mean": self.model.trunk.pixel_mean,
+            "pixel_std": self.model.trunk.pixel_std,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -505,6 +509,8 @@ def check_flags(parser, args):
         )
     if args.evaluate and not args.pirl_model_name:
         parser.error("--evaluate needs --pirl-model-name")
+    if args.evaluate and args.neighbours:
+        parser.error("--neighbours needs a training run, so not --evaluate")
 
 
 def check_batch_size(args, data):
@@ -581,7 +587,9 @@ def evaluate_only(args):
     answers = answers_of(classifier.eval(), test, args.batch_size)
     nothing = torch.empty(0, dtype=torch.int64)
     empty = Answers(nothing, nothing)
-    stage = "full" if "full" in weights.get("results", {}) else "softmax"
+    # An interrupted run has no result of its full stage yet.
+    full = "full" in weights.get("results", {}) or weights.get("full_steps")
+    stage = "full" if full else "softmax"
     table = results_table(
         f"{Path(path).name}, images of {args.data_dir}",
         {stage: (None, accuracy_of(answers))},

@@ -412,6 +412,8 @@ def pretrain_peer(args, device, variant, seed, limit):
 
     return {
         "state_dict": model.state_dict(),
+        "pixel_mean": PIXEL_MEAN,
+        "pixel_std": PIXEL_STD,
         "image_count": image_count,
         "seconds": seconds,
         "diverged": bool(diverged),

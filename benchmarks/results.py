@@ -145,7 +145,7 @@ def finished_run(folder, name, script, flags):
     if record.exists() and record.read_text("utf-8") != command + "\n":
         raise UserError(
             f"{record} is the command of {name}, not {command}",
-            f"remove {folder} to run all again",
+            f"rename {folder} to keep its runs, or remove it",
         )
 
     if not weights.exists():

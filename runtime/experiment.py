@@ -34,7 +34,7 @@ class TrainingState:
     epoch: int = 1  # the epoch under way
     step: int = 0  # how many of that epoch's steps are done
     seconds: float = 0.0  # the time that these steps have taken
-    history: list = field(default_factory=list)  # a dict per finished epoch
+    history: list = field(default_factory=list)  # a dict per finished epoch and stage
 
     def __post_init__(self):
         # Of the epoch under way: sum of the losses, number of correct answers. On the

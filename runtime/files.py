@@ -117,7 +117,7 @@ def cpu_state_dict(module):
 
 
 def weights_checksum(module):
-    """The CRC-32 of a module's state dict: another number if a weight differs."""
+    """The CRC-32 of a module's state dict: almost surely different if a weight is."""
     checksum = 0
     for value in module.state_dict().values():
         checksum = zlib.crc32(value.cpu().contiguous().numpy(), checksum)

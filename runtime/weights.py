@@ -11,7 +11,19 @@ from runtime.files import explain_mismatch, read_torch_file
 
 # The entries of our own files: state dicts, and facts about the run.
 PARTS = ("trunk", "head_f", "head_g", "softmax_layer")
-FACTS = ("kind", "classes", "class_folders", "history", "results")
+FACTS = (
+    "kind",
+    "classes",
+    "class_folders",
+    "history",
+    "results",
+    "full_steps",
+    "pixel_mean",
+    "pixel_std",
+)
+# How most other projects normalise RGB in 0 … 1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # If a file holds two encoders, the one whose name contains such a word is not used:
 # MoCo's key encoder, the momentum and target encoders of others, and DINO's student,
@@ -61,8 +73,7 @@ def read_weights(name, weights_dir):
         if "trunk" in content and "settings" in content:
             weights = our_weights(content)
         else:
-            trunk = find_trunk(content)
-            weights = {"trunk": trunk, "settings": {}, "from_checkpoint": False}
+            weights = their_weights(content)
         check_finite(path, weights)
     return path, weights
 
@@ -112,6 +123,17 @@ def our_weights(content):
     if weights["from_checkpoint"]:
         weights["history"] = content["training"]["history"]
     return weights
+
+
+def their_weights(content):
+    """The weights of another project's file."""
+    return {
+        "trunk": find_trunk(content),
+        "settings": {},
+        "from_checkpoint": False,
+        "pixel_mean": content.get("pixel_mean", IMAGENET_MEAN),
+        "pixel_std": content.get("pixel_std", IMAGENET_STD),
+    }
 
 
 def check_finite(path, weights):

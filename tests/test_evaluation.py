@@ -9,7 +9,7 @@ from PIL import Image
 import evaluation
 from augmentations import normalize
 from evaluation import knn_accuracy
-from models import make_trunk
+from models import make_trunk, use_pixels_of
 
 
 def test_neighbours_of_more_queries_than_are_compared_at_a_time():
@@ -79,13 +79,16 @@ def test_all_images_count_nearly_alike_in_the_plain_statistics(
 
     monkeypatch.setattr(evaluation, "update_bn", note_sizes)
     pixels = torch.zeros(images, 3, 4, 4, dtype=torch.uint8)
-    evaluation.with_plain_bn_statistics(torch.nn.Identity(), pixels, batch_size)
+    trunk = torch.nn.Identity()
+    use_pixels_of(trunk, {})
+    evaluation.with_plain_bn_statistics(trunk, pixels, batch_size)
     assert seen == sizes
 
 
 def test_batches_of_features_are_small_whatever_the_batch_size():
     seen = []
     trunk = torch.nn.Flatten()
+    use_pixels_of(trunk, {})
     trunk.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     images = torch.zeros(300, 3, 4, 4, dtype=torch.uint8)
     assert len(evaluation.trunk_features(trunk, images, 4096)) == 300

@@ -71,7 +71,7 @@ def test_the_trunk_is_the_file_s_and_plain_torchvision(tmp_path, stem):
 
 
 def test_another_project_s_trunk(tmp_path, capsys):
-    """It has no settings: its own stem, and images of STL-10's size."""
+    """It has no settings: its own stem, STL-10's size, and torchvision's pixels."""
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18()
     state_dict = torch.nn.ModuleDict({"encoder_q": resnet}).state_dict()
@@ -81,6 +81,12 @@ def test_another_project_s_trunk(tmp_path, capsys):
     assert "encoder_q." in capsys.readouterr().out
     assert torch.equal(trunk.conv1.weight, resnet.conv1.weight)
     assert prepare(Image.new("RGB", (120, 100))).shape == (3, 96, 96)
+
+    write_image(tmp_path / "a.png", 0, (96, 96))
+    with Image.open(tmp_path / "a.png") as picture:
+        transforms = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms
+        expected = transforms(crop_size=96, resize_size=96)(picture)
+        torch.testing.assert_close(prepare(picture), expected)
 
 
 # ---- The preprocessing ---------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import nn
 import linear_probe
 from augmentations import PIXEL_MEAN, PIXEL_STD
 from dataset_helpers import LabelledData, LabelledImages
+from models import use_pixels_of
 from runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -229,6 +230,7 @@ def labelled_images(sizes, seed):
 def test_the_probe_of_a_trunk():
     """Softmax, kNN and folds, on validation and on test images."""
     trunk = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    use_pixels_of(trunk, {})
     images, labels = labelled_images(CLASS_SIZES, 1)
     test = labelled_images([4, 7, 0, 2, 10], 2)
     order = np.random.default_rng(3).permutation(len(labels))

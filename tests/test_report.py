@@ -12,6 +12,7 @@ from torch import nn
 import report
 from augmentations import PIXEL_MEAN, PIXEL_STD
 from dataset_helpers import LabelledImages
+from models import use_pixels_of
 from report import Answers
 
 
@@ -149,6 +150,7 @@ def test_the_picture_of_the_neighbours(tmp_path, monkeypatch, class_count, known
     known_colours, known = plain_colours(rng, known_labels)
     shown_colours, shown = plain_colours(rng, shown_labels)
     trunk = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    use_pixels_of(trunk, {})
     names = [f"k{i}" for i in range(class_count)]
     texts = record_texts(monkeypatch)
     same_class = []

@@ -344,6 +344,9 @@ def test_what_cannot_be_tested(tune, finished):
     finished("pirl")
     outcome = tune("exp", "--evaluate", "--pirl-model-name", "pirl")
     assert outcome.is_one_line_error("pirl.pt has no softmax layer")
+    flags = ("--evaluate", "--pirl-model-name", "exp", "--neighbours", "n.png")
+    outcome = tune("exp", *flags)
+    assert outcome.is_one_line_error("--neighbours", "not --evaluate", status=2)
 
 
 # ---- The stages ----------------------------------------------------------------------
@@ -431,6 +434,9 @@ def test_resume_is_exact_from_any_step(tune, whole, tmp_path, monkeypatch):
         # The full stage cannot be left out once it has begun.
         outcome = tune(name, *whole, "--full-fine-tune", "False", "--resume")
         assert outcome.is_one_line_error("full stage", "--full-fine-tune True")
+        # Tested before its end, it is what it has become.
+        outcome = tune("exp", "--evaluate", "--pirl-model-name", name)
+        assert "\nFull model is fine tuned | none | " in outcome.out
 
         outcome = tune(name, *whole, "--resume")
         assert outcome.status == 0, outcome.err

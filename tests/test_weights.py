@@ -15,8 +15,11 @@ import pytest
 import torch
 import torchvision
 from conftest import ThinResNet
+from test_dataset_helpers import write_image
 from torch import nn
 
+import augmentations
+import evaluation
 from models import make_trunk
 from runtime import weights as weights_module
 from runtime.errors import UserError
@@ -378,6 +381,57 @@ def test_fine_tuning_starts_from_another_project(call, tiny, tmp_path, layout, s
     saved = torch.load(tmp_path / "weights/exp.pt", weights_only=True)
     assert same_trunk(saved["trunk"], resnet)
     assert saved["settings"]["stem"] == stem
+
+
+def test_images_are_normalised_as_for_the_trunk(call, tiny, tmp_path, monkeypatch):
+    """In both stages, when they are resumed, and by the models that come of them."""
+    seen = []
+
+    def noting(function):
+        def note(*arguments):
+            seen.append(arguments[-2:])
+            return function(*arguments)
+
+        return note
+
+    monkeypatch.setattr(evaluation, "normalize", noting(evaluation.normalize))
+    monkeypatch.setattr(
+        augmentations, "LabelledView", noting(augmentations.LabelledView)
+    )
+    transforms = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+    imagenet = (tuple(transforms.mean), tuple(transforms.std))
+    own = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    torch.save(make_resnet(1).state_dict(), tmp_path / "torchvision.pth")
+    state_dict = {"model": make_resnet(1).state_dict()}
+    content = state_dict | {"pixel_mean": own[0], "pixel_std": own[1]}
+    torch.save(content, tmp_path / "own.pth")
+    write_image(tmp_path / "a.png", 0)
+
+    def pixels_of(script, *flags):
+        seen.clear()
+        outcome = call(script, *flags)
+        assert outcome.status == 0, outcome.err
+        return set(seen)
+
+    def tune(*flags):
+        return pixels_of("train_stl_after_ssl", *tiny, "--epochs", 1, *flags)
+
+    for file, pixels in (("torchvision.pth", imagenet), ("own.pth", own)):
+        name = f"from_{file}"
+        run = ("--experiment-name", name, "--pirl-model-name", tmp_path / file)
+        assert tune(*run) == {pixels}
+        assert tune(*run, "--resume", "--full-fine-tune") == {pixels}
+        saved = torch.load(tmp_path / f"weights/{name}.pt", weights_only=True)
+        assert (saved["pixel_mean"], saved["pixel_std"]) == pixels
+
+        for kind in ("pt", "ckpt"):
+            model = tmp_path / f"weights/{name}.{kind}"
+            second = ("--experiment-name", f"{name}_{kind}")
+            assert tune(*second, "--pirl-model-name", model) == {pixels}
+            assert tune("--evaluate", "--pirl-model-name", model) == {pixels}
+            extraction = ("--model", model, "--images", tmp_path / "a.png")
+            out = ("--out", tmp_path / "f.npz", "--device", "cpu")
+            assert pixels_of("extract_features", *extraction, *out) == {pixels}
 
 
 def test_pretraining_starts_from_another_project(call, tiny, tmp_path):

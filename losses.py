@@ -61,15 +61,15 @@ def nce(logits):
     is_top = columns == logits.argmax(1, keepdim=True)  # [B, 1 + C], one True in a row
 
     # log(1 − h) of the largest column: its 1 − h is the sum of all other h.
-    log_rest = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
-    log_not_top = log_rest - logits.logsumexp(1, keepdim=True)  # [B, 1]
+    log_others = logits.masked_fill(is_top, -math.inf).logsumexp(1, keepdim=True)
+    log_1_minus_top = log_others - logits.logsumexp(1, keepdim=True)  # [B, 1]
 
     # log(1 − h) of every other column, whose h is 1/2 at most. The largest h is set to
     # 0 here: its log1p(−1) = −∞ would make the gradient NaN.
     h = log_h.masked_fill(is_top, -math.inf).exp()
-    log_not_h = torch.where(is_top, log_not_top, torch.log1p(-h))
+    log_1_minus_h = torch.where(is_top, log_1_minus_top, torch.log1p(-h))
     # Column 0 is the positive, which has no such term.
-    return -log_h[:, 0] - log_not_h[:, 1:].sum(1)
+    return -log_h[:, 0] - log_1_minus_h[:, 1:].sum(1)
 
 
 # By the names of --loss.

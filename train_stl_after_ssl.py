@@ -181,7 +181,8 @@ def main(argv=None):
     # have changed, to measure on the new ones. If the full stage has begun by then, it
     # has already trained the probe's layer further, so only the results are taken. The
     # probe takes a minute or two and has no checkpoints of its own.
-    if "softmax" not in trainer.results or trainer.test_checksum != test_checksum:
+    never_probed = "softmax" not in trainer.results
+    if never_probed or trainer.test_checksum != test_checksum:
         started = time.monotonic()
         probe = linear_probe(trainer.start_trunk(), data, test, folds, args)
         trainer.results.update(probe.results)

@@ -252,8 +252,8 @@ class LoopControl:
         """
         if WORLD_SIZE == 1:
             return self.signals.received, save_due
-        on_gpu = self.state.device.type == "cuda"
-        if on_gpu and self.state.step % STEPS_BETWEEN_SYNCS and not now:
+        sync_due = now or self.state.step % STEPS_BETWEEN_SYNCS == 0
+        if self.state.device.type == "cuda" and not sync_due:
             return 0, False
         wishes = torch.tensor([self.signals.received, save_due and RANK == 0])
         distributed.all_reduce(wishes, distributed.ReduceOp.MAX)

@@ -68,7 +68,7 @@ class ImageView(nn.Module):
 class LabelledView(nn.Module):
     """The view for fine-tuning: crop, rotation by up to 15°, flip, brightness."""
 
-    def __init__(self, mean=PIXEL_MEAN, std=PIXEL_STD):
+    def __init__(self, mean, std):
         """mean, std: of the pixels, as the trunk expects them; see normalize()."""
         super().__init__()
         self.normalize = Normalize(mean, std)
@@ -250,7 +250,7 @@ class ColourJitter(nn.Module):
         return (matrices @ images.flatten(2)).view_as(images)
 
 
-def normalize(images, mean=PIXEL_MEAN, std=PIXEL_STD):
+def normalize(images, mean, std):
     """uint8 [B, 3, S, S] -> float32: images as evaluation feeds them to the trunk.
 
     mean and std of the pixels, R, G and B in 0 … 1: as the trunk had them in training.

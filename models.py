@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 
 from augmentations import PIXEL_MEAN, PIXEL_STD
-from runtime.weights import architecture_of, load_weights
+from runtime.weights import IMAGENET_MEAN, architecture_of, load_weights
 
 TRUNKS = {"res18": resnet18, "res34": resnet34, "res50": resnet50}
 # Numbers in an embedding: in an output of the heads, and in a row of the memory bank
@@ -43,11 +43,13 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
 def use_pixels_of(trunk, content):
     """Note in the trunk how its images are normalised: as in the run that made it.
 
-    content: a dict with pixel_mean and pixel_std, or without them, as in a checkpoint
-    of pretraining, which normalises as make_trunk() says.
+    content: what read_weights() found, or a checkpoint. Those of pretraining have no
+    pixel_mean and pixel_std: they are normalised as make_trunk() says.
     """
     trunk.pixel_mean = content.get("pixel_mean", PIXEL_MEAN)
     trunk.pixel_std = content.get("pixel_std", PIXEL_STD)
+    if trunk.pixel_mean == IMAGENET_MEAN:
+        print("note: images are normalised as for ImageNet")
 
 
 # ---- PIRL ----------------------------------------------------------------------------

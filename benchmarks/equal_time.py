@@ -289,7 +289,7 @@ METHODS = {"SimCLR": make_simclr, "BYOL": BYOL, "Barlow Twins": make_barlow_twin
 
 
 def make_transform(size):
-    """Two views of an image, normalised as train_stl_after_ssl.py does it."""
+    """Two views of an image, normalised as PIRL's; the file of the trunk says so."""
     normalize = {"mean": PIXEL_MEAN, "std": PIXEL_STD}
     return SimCLRTransform(
         input_size=size, cj_strength=0.5, gaussian_blur=0.0, normalize=normalize

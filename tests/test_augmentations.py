@@ -44,7 +44,7 @@ def to_unit(view):
     [
         (ImageView(), IMAGE_VIEW_UNIFORMS, (0.2, 1.0)),
         (ImageView(min_area=0.7), IMAGE_VIEW_UNIFORMS, (0.7, 1.0)),
-        (LabelledView(), LABELLED_VIEW_UNIFORMS, (0.2, 1.0)),
+        (LabelledView(PIXEL_MEAN, PIXEL_STD), LABELLED_VIEW_UNIFORMS, (0.2, 1.0)),
     ],
     ids=["image", "image, 70 %", "labelled"],
 )
@@ -73,7 +73,10 @@ def test_a_view_is_the_crop_of_its_numbers_mirrored_by_the_fifth(view, columns, 
 
 @pytest.mark.parametrize(
     ("view", "columns"),
-    [(ImageView(), IMAGE_VIEW_UNIFORMS), (LabelledView(), LABELLED_VIEW_UNIFORMS)],
+    [
+        (ImageView(), IMAGE_VIEW_UNIFORMS),
+        (LabelledView(PIXEL_MEAN, PIXEL_STD), LABELLED_VIEW_UNIFORMS),
+    ],
 )
 def test_views_differ_within_a_batch_and_do_not_depend_on_it(view, columns):
     """They are channels-last, and normalised after they are clipped."""
@@ -97,7 +100,7 @@ def test_views_differ_within_a_batch_and_do_not_depend_on_it(view, columns):
 
 def test_views_have_nothing_to_save():
     """Their constants follow them to a GPU, and stay out of checkpoints."""
-    for module in (ImageView(), LabelledView(), Jigsaw()):
+    for module in (ImageView(), LabelledView(PIXEL_MEAN, PIXEL_STD), Jigsaw()):
         assert list(module.buffers())
         assert not list(module.parameters())
         assert not module.state_dict()
@@ -105,7 +108,7 @@ def test_views_have_nothing_to_save():
 
 def test_plain_images_and_their_way_back():
     images = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
-    out = normalize(images)
+    out = normalize(images, PIXEL_MEAN, PIXEL_STD)
     assert out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(to_unit(out), images / 255, rtol=0, atol=1e-5)
@@ -142,7 +145,7 @@ def test_labelled_view_turns_about_the_middle():
     place = torch.arange(48.0)
     y, x = torch.meshgrid(place, place, indexing="ij")
     images = torch.stack([y, x, 0 * x]).repeat(200, 1, 1, 1) * 4
-    view = to_unit(LabelledView()(images, uniforms)) * 255 / 4
+    view = to_unit(LabelledView(PIXEL_MEAN, PIXEL_STD)(images, uniforms)) * 255 / 4
     view = view[:, :, 12:36, 12:36]
 
     angle = (2 * uniforms[:, 5] - 1) * math.radians(15)
@@ -157,11 +160,16 @@ def test_labelled_view_turns_about_the_middle():
 
 
 def test_labelled_view_changes_the_brightness_and_clips():
+    """And it is normalised as the trunk wants it: here not as STL-10."""
+    mean = torch.tensor([0.1, 0.2, 0.3])
+    std = torch.tensor([0.4, 0.5, 0.6])
+    labelled_view = LabelledView(tuple(mean.tolist()), tuple(std.tolist()))
     uniforms = make_uniforms(200, LABELLED_VIEW_UNIFORMS, seed=6)
     factors = 0.6 + 0.8 * uniforms[:, 6]
     for value in (100, 220):
         images = torch.full((200, 3, 36, 36), float(value))
-        view = to_unit(LabelledView()(images, uniforms))
+        view = labelled_view(images, uniforms)
+        view = view * std[:, None, None] + mean[:, None, None]
         expected = (value / 255 * factors).clamp(max=1)
         expected = expected[:, None, None, None].expand_as(view)
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)

@@ -309,6 +309,8 @@ def test_a_peer_trains_for_its_time(without_lightly, data_dir, monkeypatch, meth
     assert same(dict(starts[0]), dict(trunk.state_dict()))
     trained = run["state_dict"]["backbone.conv1.weight"]
     assert not trunk.conv1.weight.equal(trained)
+    pixels = (run["pixel_mean"], run["pixel_std"])
+    assert pixels == (augmentations.PIXEL_MEAN, augmentations.PIXEL_STD)
     if not run["diverged"]:
         statistics = run["state_dict"]["backbone.bn1.num_batches_tracked"]
         assert statistics == math.ceil(100 / 16), "of all images, as they are"

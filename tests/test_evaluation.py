@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import evaluation
-from augmentations import normalize
+from augmentations import PIXEL_MEAN, PIXEL_STD, normalize
 from evaluation import knn_accuracy
 from models import make_trunk, use_pixels_of
 
@@ -42,8 +42,12 @@ def test_features_are_of_plain_images_unless_mirrored():
 
     assert not trunk.training
     with torch.no_grad():
-        torch.testing.assert_close(plain, trunk(normalize(images)))
-        torch.testing.assert_close(mirrored, trunk(normalize(images.flip(3))))
+        torch.testing.assert_close(
+            plain, trunk(normalize(images, PIXEL_MEAN, PIXEL_STD))
+        )
+        torch.testing.assert_close(
+            mirrored, trunk(normalize(images.flip(3), PIXEL_MEAN, PIXEL_STD))
+        )
     assert (plain - mirrored).abs().max() > 0.01
 
 

@@ -78,7 +78,9 @@ def test_another_project_s_trunk(tmp_path, capsys):
     torch.save({"state_dict": state_dict}, tmp_path / "moco.pth")
 
     trunk, prepare = load(tmp_path / "moco.pth")
-    assert "encoder_q." in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "encoder_q." in output
+    assert "normalised as for ImageNet" in output
     assert torch.equal(trunk.conv1.weight, resnet.conv1.weight)
     assert prepare(Image.new("RGB", (120, 100))).shape == (3, 96, 96)
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import pictures
-from augmentations import crop_box, normalize
+from augmentations import PIXEL_MEAN, PIXEL_STD, crop_box, normalize
 from jigsaw import CELLS, PRETEXT_CROP_AREA, Jigsaw, patch_sizes
 from rotation import JigsawRotation
 from runtime.randomness import make_generator
@@ -184,7 +184,7 @@ class Mirror(nn.Module):
 
     def forward(self, images, uniforms):
         assert uniforms.shape == (len(images), 5)
-        return normalize(images.flip(3))
+        return normalize(images.flip(3), PIXEL_MEAN, PIXEL_STD)
 
 
 def cell_of(picture, row, column, side=96):

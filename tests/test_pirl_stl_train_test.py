@@ -28,7 +28,7 @@ from test_linear_probe import knn_by_hand
 import dataset_helpers
 import evaluation
 import pirl_stl_train_test
-from augmentations import normalize
+from augmentations import PIXEL_MEAN, PIXEL_STD, normalize
 
 CPU = torch.device("cpu")
 WARM_START = ("--warm-start", "--cont-epoch", 2)
@@ -468,7 +468,11 @@ def test_the_monitor_measures_the_exported_features(pretrain, data_dir, tmp_path
     resnet.fc = torch.nn.Identity()
     data = dataset_helpers.load_labelled(data_dir, 36, torch.device("cpu"), 3)
     with torch.no_grad():
-        features = resnet.eval()(normalize(data.images)).double().numpy()
+        features = (
+            resnet.eval()(normalize(data.images, PIXEL_MEAN, PIXEL_STD))
+            .double()
+            .numpy()
+        )
     labels = data.labels.numpy()
 
     known = (features[data.train], labels[data.train])

@@ -13,7 +13,7 @@ from PIL import Image
 from records import checkpoint, same_results, signal_in_step, weights
 
 import pretexts
-from augmentations import normalize
+from augmentations import PIXEL_MEAN, PIXEL_STD, normalize
 from runtime.randomness import make_generator
 
 PAGE = (ROOT / "docs/your_own_pretext.md").read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def test_the_quarters_are_those_of_the_image_in_their_order(quarters):
             value = 20 + 60 * place
             plain = torch.full((1, 3, 24, 24), value, dtype=torch.uint8)
             inner = (slice(None), slice(1, -1), slice(1, -1))
-            expected = normalize(plain)[0]
+            expected = normalize(plain, PIXEL_MEAN, PIXEL_STD)[0]
             torch.testing.assert_close(
                 quarter[inner], expected[inner], rtol=0, atol=1e-3
             )

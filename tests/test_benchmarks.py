@@ -81,7 +81,7 @@ def test_results(make_table, run_here, tmp_path, capsys):
     assert picture.stat().st_size < 300_000
 
     for changed in ("--lr 0.1", "--tmax-for-cos-decay 5"):
-        refusal = f"pirl_0.sh is the command .*{changed}.*: remove"
+        refusal = f"pirl_0.sh is the command .*{changed}.*: rename"
         with pytest.raises(UserError, match=refusal):
             make_table(changed)
 

@@ -207,6 +207,7 @@ class Settings:
     """As a project may put into its checkpoint, beside the weights."""
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "kind", ["a whole network", "an object of its own", "a type", "a protocol"]
 )

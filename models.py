@@ -24,8 +24,8 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
     stem "small": the first convolution is 3 × 3 with stride 1, for small images, at
     four times the work. zero_init: every residual block starts as its shortcut (the
     identity in most blocks), with a zero-initialised last batch norm (Goyal et al.,
-    arXiv:1706.02677, section 5.1).
-    Returns (trunk, d), where d is 512, or 2048 for res50.
+    arXiv:1706.02677, section 5.1). Returns (trunk, d), where d is 512, or 2048 for
+    res50.
     """
     trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
     trunk.pixel_mean = PIXEL_MEAN
@@ -43,8 +43,9 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
 def use_pixels_of(trunk, content):
     """Note in the trunk how its images are normalised: as in the run that made it.
 
-    content: what read_weights() found, or a checkpoint. Those of pretraining have no
-    pixel_mean and pixel_std: they are normalised as make_trunk() says.
+    content: what read_weights() found, or a checkpoint; {} for a random trunk. Without
+    pixel_mean and pixel_std, as in checkpoints of pretraining, it is as make_trunk()
+    says.
     """
     trunk.pixel_mean = content.get("pixel_mean", PIXEL_MEAN)
     trunk.pixel_std = content.get("pixel_std", PIXEL_STD)

@@ -466,13 +466,11 @@ def test_the_monitor_measures_the_exported_features(pretrain, data_dir, tmp_path
     resnet = ThinResNet()
     resnet.load_state_dict(content["trunk"], strict=False)
     resnet.fc = torch.nn.Identity()
-    data = dataset_helpers.load_labelled(data_dir, 36, torch.device("cpu"), 3)
+    resnet.eval()
+    data = dataset_helpers.load_labelled(data_dir, 36, CPU, 3)
     with torch.no_grad():
-        features = (
-            resnet.eval()(normalize(data.images, PIXEL_MEAN, PIXEL_STD))
-            .double()
-            .numpy()
-        )
+        features = resnet(normalize(data.images, PIXEL_MEAN, PIXEL_STD))
+    features = features.double().numpy()
     labels = data.labels.numpy()
 
     known = (features[data.train], labels[data.train])
@@ -483,9 +481,8 @@ def test_the_monitor_measures_the_exported_features(pretrain, data_dir, tmp_path
     args = types.SimpleNamespace(
         data_dir=data_dir, image_size=36, batch_size=16, seed=3
     )
-    cpu = torch.device("cpu")
-    assert evaluation.make_monitor(args, cpu).data.val.equal(data.val)
-    assert not data.val.equal(dataset_helpers.load_labelled(data_dir, 36, cpu, 0).val)
+    assert evaluation.make_monitor(args, CPU).data.val.equal(data.val)
+    assert not data.val.equal(dataset_helpers.load_labelled(data_dir, 36, CPU, 0).val)
 
 
 def test_tensorboard_without_its_package(pretrain, monkeypatch):

@@ -126,7 +126,10 @@ def our_weights(content):
 
 
 def their_weights(content):
-    """The weights of another project's file."""
+    """The weights of another project's file.
+
+    Hardly any says how its images were normalised; benchmarks/equal_time.py's do.
+    """
     return {
         "trunk": find_trunk(content),
         "settings": {},

@@ -25,7 +25,7 @@ help:  ## list the targets
 DEMO = --data-dir demo/data --weights-dir demo/weights \
        --observations-dir demo/observations_dir --image-size 36 --seed $(SEED)
 # Larger crops than the default: so short a run gains more with them.
-DEMO_PRETRAINING = --only-train True --batch-size 32 --epochs 15 --crop-area 0.4 --knn-every 0
+DEMO_PRETRAINING = --only-train True --batch-size 32 --epochs 20 --crop-area 0.4 --knn-every 0
 DEMO_LABELLED = --batch-size 64 --lr 0.1 --epochs 50 --full-fine-tune True --full-epochs 4
 
 demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning, the table: about seven minutes (SEED=0)

@@ -18,7 +18,7 @@ from runtime.files import atomic_write
 from runtime.script import run_script
 from stl10_data_load import SPLITS
 
-COUNTS = {"train": 1500, "test": 1000, "unlabelled": 1000}
+COUNTS = {"train": 1500, "test": 1000, "unlabelled": 800}
 
 
 # ---- The patterns: coordinates x, y [96, 96] to intensities from 0 to 1 --------------

@@ -28,8 +28,8 @@ DEMO = --data-dir demo/data --weights-dir demo/weights \
 DEMO_PRETRAINING = --only-train True --batch-size 32 --epochs 20 --crop-area 0.4 --knn-every 0
 DEMO_LABELLED = --batch-size 64 --lr 0.1 --epochs 50 --full-fine-tune True --full-epochs 4
 
-demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning, the table: about seven minutes (SEED=0)
-	@echo "This takes about seven minutes on two cores. All files are written to demo/."
+demo: .venv/runtime  ## synthetic images, pretraining, fine-tuning, the table: five to seven minutes (SEED=0)
+	@echo "This takes five to seven minutes on two cores. All files are written to demo/."
 	rm -rf demo
 	$(PY) -m benchmarks.synthetic --raw-dir demo/raw --seed $(SEED)
 	$(PY) stl10_data_load.py --raw-dir demo/raw --data-dir demo/data

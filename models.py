@@ -28,10 +28,12 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
     res50.
     """
     trunk = TRUNKS[model_type](weights=None, zero_init_residual=zero_init)
-    trunk.pixel_mean = PIXEL_MEAN
-    trunk.pixel_std = PIXEL_STD
     dimension = trunk.fc.in_features
     trunk.fc = nn.Identity()
+
+    # How its images are normalised. use_pixels_of() changes it for other weights.
+    trunk.pixel_mean = PIXEL_MEAN
+    trunk.pixel_std = PIXEL_STD
 
     if stem == "small":
         trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -43,9 +45,9 @@ def make_trunk(model_type, stem="imagenet", zero_init=True):
 def use_pixels_of(trunk, content):
     """Note in the trunk how its images are normalised: as in the run that made it.
 
-    content: what read_weights() found, or a checkpoint; {} for a random trunk. Without
-    pixel_mean and pixel_std, as in checkpoints of pretraining, it is as make_trunk()
-    says.
+    content: what read_weights() found, or a checkpoint; {} for a random trunk. Where it
+    has no pixel_mean and pixel_std, as in checkpoints of pretraining, the trunk gets
+    those of make_trunk().
     """
     trunk.pixel_mean = content.get("pixel_mean", PIXEL_MEAN)
     trunk.pixel_std = content.get("pixel_std", PIXEL_STD)
